@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -28,10 +29,13 @@ from transformers import (
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from pipeline.config import load_recipe
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import BadSample, Item
+from pipeline.data.video import sample_frames
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.models.checkpointing import checkpoint_layers
@@ -41,6 +45,7 @@ from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.model import FrozenQwenTower, QwenVL, TowerlessQwenVL, build
 from pipeline.models.qwen_vl.patches import Patches, positions
 from pipeline.models.qwen_vl.processor import PREFIX, SUFFIX, QwenVLProcessor
+from pipeline.models.qwen_vl.tower import grid_of
 from pipeline.models.registry import family_of, saved, training
 
 CPU = torch.device("cpu")
@@ -119,9 +124,13 @@ def theirs_of(folder: str, kind: str) -> tuple[Any, Any]:
     return AutoModel.from_pretrained(folder).eval(), processor(images, tokenizer, videos)
 
 
-def their_inputs(processor: Any, item: Item) -> dict[str, torch.Tensor]:
-    """Return the inputs that transformers' processor makes of Qwen3-VL-Embedding's prompt."""
+def their_inputs(processor: Any, item: Item, video: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """Return the inputs that transformers' processor makes of Qwen3-VL-Embedding's prompt.
+
+    video: its processed video, in place of a NUL.
+    """
     text = re.sub(r"<image>\s*", "<|vision_start|><|image_pad|><|vision_end|>", item.text)
+    text = text.replace("\0", processor.replace_video_token(video, 0)) if video else text
     prompt = PREFIX.format("Represent the user's input.") + text + SUFFIX
     images = [Picture.open(io.BytesIO(each)) for each in item.images]
     return dict(processor(text=[prompt], images=images or None, return_tensors="pt"))
@@ -321,6 +330,66 @@ def test_patches_match_transformers_at_all_limits(limits, folders):
         assert np.array_equal(np.round(their["pixel_values"] * 255), pixels)
 
 
+def mp4(width: int, height: int, frames: int, rate: int) -> bytes:
+    buffer, rng = io.BytesIO(), np.random.default_rng(0)
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+        for _ in range(frames):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("frames", "rate", "count", "fps"), [(30, 5, 5, None), (9, 3, 8, 1.0), (1, 5, 4, None)])
+def test_videos_match_transformers(frames, rate, count, fps, folders):
+    """Prompt as transformers 4.57 writes it; 5.17 leaves marks around the whole video, which has its own in each."""
+    folder = folders["qwen3_vl"]
+    own = QwenVLProcessor.load(folder, 1024, count, video_fps=fps)
+    data = mp4(64, 48, frames, rate)
+    item = Item("before <image> between <video>\nafter", (png(24, 24),), data)
+    ours, shown = own.encode(item), sample_frames(data, count, fps)
+    image, video = ours.images
+    assert (image.video, video.video) == (False, True)
+    numbers = [round(frame.info["seconds"] * rate) for frame in shown]
+    pairs, rows, columns = grid_of(video, 4)
+    assert pairs == -(-len(shown) // 2)
+    assert 0 < rows * columns // 4 * pairs <= 1024 * 3 // 4
+    # transformers' video processor needs torchvision to resize: its other steps, on frames resized here.
+    scaled = [np.asarray(frame.resize((4 * columns, 4 * rows), Picture.Resampling.BICUBIC)) for frame in shown]
+    pixels = torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)[None]
+    patches, *grid = Qwen3VLVideoProcessor.patchify(None, pixels, 4, 2, 2)
+    assert grid == [pairs, rows, columns]
+    theirs, processor = theirs_of(folder, "qwen3_vl")
+    processor.video_processor.merge_size = processor.video_processor.temporal_patch_size = 2
+    metadata = VideoMetadata(total_num_frames=frames, fps=rate, frames_indices=numbers)
+    written = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
+    inputs = their_inputs(processor, Item("before <image> between \0after", item.images), written)
+    assert ours.input_ids.tolist() == inputs["input_ids"][0].tolist()
+    inputs |= {"pixel_values_videos": patches[0], "video_grid_thw": written["video_grid_thw"]}
+    places, _ = theirs.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], inputs["video_grid_thw"]
+    )
+    assert ours.positions.tolist() == places[:, 0].tolist()
+    packed = pack([own.encode(ITEMS[0]), ours, own.encode(ITEMS[3])])
+    expected = theirs_embedded(theirs, inputs)[0]
+    assert_close_in_norm(QwenVL.load(folder, torch.float32)(packed, True)[1], expected)
+    tower, without = FrozenQwenTower.load(folder, torch.float32, CPU), TowerlessQwenVL.load(folder, torch.float32)
+    assert_close_in_norm(without(packed, True, tower.features_of(None, packed))[1], expected)
+
+
+def test_frames_share_the_tokens_that_a_video_may_have():
+    patches = Patches(16, 2, 4096, 4096 * 450, 4096)
+    for count, tokens in ((1, 768), (8, 768), (16, 384), (64, 96)):
+        tiles, height, width = patches.cut_frames([Picture.new("RGB", (1280, 720))] * count)
+        found = height * width // 32**2
+        assert 0.9 * tokens < found <= tokens
+        assert len(tiles) == 2 * -(-count // 2) * 4 * found
+        assert found * -(-count // 2) <= patches.video_tokens(count)
+    with pytest.raises(BadSample, match="9000 frames are too many for max_tokens=4096"):
+        patches.cut_frames([Picture.new("RGB", (32, 32))] * 9000)
+
+
 def test_positions_of_text_and_images():
     found = positions([2, (2, 3), 1])
     assert found.tolist() == [
@@ -342,8 +411,8 @@ def test_long_texts_are_cut_and_images_that_do_not_fit_are_refused(folders):
         short.encode(Item("<image>\nx", (png(90, 90),)))
     with pytest.raises(BadSample, match="one side is more than 200 times the other"):
         whole.encode(Item("<image>\nx", (png(300, 1),)))
-    with pytest.raises(BadSample, match="a video, which"):
-        whole.encode(Item("<video>\nx", video=b"0"))
+    with pytest.raises(BadSample, match="a video, which this model is not supported with"):
+        QwenVLProcessor.load(folders["qwen2_vl"], 512).encode(Item("<video>\nx", video=b"0"))
     with pytest.raises(BadSample, match="2 <image> marks in the text, 1 images"):
         whole.encode(Item("<image> <image>", (png(8, 8),)))
 

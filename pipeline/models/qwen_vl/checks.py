@@ -137,10 +137,15 @@ def config_of(model: QwenVLSection) -> Any:
     return config
 
 
-def patches(config: Any, path: str) -> Patches:
-    """Return how a model with this config cuts images into patches.  path: for errors."""
+def patches(config: Any, path: str, max_tokens: int) -> Patches:
+    """Return how a model with this config cuts images into patches.  path: for errors.  max_tokens: of an item."""
     vision, settings = config.vision_config, Settings.of(config, path)
-    return Patches(vision.patch_size, vision.spatial_merge_size, settings.min_pixels, settings.max_pixels)
+    return Patches(vision.patch_size, vision.spatial_merge_size, settings.min_pixels, settings.max_pixels, max_tokens)
+
+
+def reads_videos(config: PreTrainedConfig) -> bool:
+    """Whether videos are supported. Of Qwen2-VL and Qwen2.5-VL, versions of transformers disagree on positions."""
+    return config.model_type == "qwen3_vl"
 
 
 def tower_width(config: Any) -> int:

@@ -37,14 +37,17 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
         config = checks.config_of(model)
         if model.path:
             loading.check_weights(model.path, QwenVL, config)
-            QwenVLProcessor.load(model.path, model.max_tokens, config)
+            QwenVLProcessor.load(model.path, model.max_tokens, config=config)
 
     def check_data(self, recipe: Recipe, source: Source) -> None:
         super().check_data(recipe, source)
+        config = checks.config_of(self.section(recipe))
+        if checks.reads_videos(config):
+            return
         if (number := next((number for number, shard in source.shards if shard.videos), None)) is not None:
             raise PipelineError(
-                f"dataset {source.names[number]} has videos, which model.family={recipe.model.family} does not read "
-                "yet: leave it out of data.datasets"
+                f"dataset {source.names[number]} has videos, which are not supported with a {config.model_type}, only "
+                "with qwen3_vl: leave it out of data.datasets"
             )
 
     def conditions(self, model: QwenVLSection) -> dict[str, Any]:
@@ -52,7 +55,7 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
 
     def lengths(self, recipe: Recipe) -> Lengths:
         config = checks.config_of(self.section(recipe))
-        return Lengths(checks.patches(config, "model.path"), recipe.video.frames)
+        return Lengths(checks.patches(config, "model.path", recipe.model.max_tokens), recipe.video.frames)
 
     def build(self, model: QwenVLSection, texts: Iterable[str], seed: int, folder: Path) -> None:
         assert model.architecture
@@ -60,7 +63,8 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
 
     def processor(self, recipe: Recipe, path: str) -> Processor:
         section = self.section(recipe)
-        return QwenVLProcessor.load(path, section.max_tokens, self._config(recipe, path), section.images)
+        config = self._config(recipe, path)
+        return QwenVLProcessor.load(path, section.max_tokens, recipe.video.frames, config, section.images)
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         kind = QwenVL if self.section(recipe).train.vision_tower else TowerlessQwenVL
@@ -116,7 +120,7 @@ class SavedQwenVL(SavedModelInterface):
         return int(checks.load_config(path).text_config.hidden_size)
 
     def reader(self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None) -> Processor:
-        return QwenVLProcessor.load(path, max_tokens)
+        return QwenVLProcessor.load(path, max_tokens, video_frames, video_fps=video_fps)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         config, dtype = checks.load_config(path), DTYPES[precision]

@@ -7,6 +7,7 @@ from pipeline.data.batch import Encoded
 from pipeline.models.flops import StepFlops, attention_width, known, per_pair, per_row, trains
 from pipeline.models.qwen_vl.checks import tower_width
 from pipeline.models.qwen_vl.model import QwenVL
+from pipeline.models.qwen_vl.tower import grid_of
 
 
 def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
@@ -22,7 +23,7 @@ def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
     # Whether the gradient of the tower's states is needed; that of the layers' inputs.
     to_states = trains(*blocks)
     to_inputs = to_states or trains(*mergers) or trains(text)
-    merged = config.vision_config.spatial_merge_size**2
+    merged, side = config.vision_config.spatial_merge_size**2, config.vision_config.patch_size
     patch = per_row(tower.patch_embed, inputs=False) + per_row(*tower.blocks, inputs=to_states)
     image_token = merged * patch + per_row(*mergers, inputs=to_states or trains(*mergers))
     full = getattr(config.vision_config, "fullatt_block_indexes", range(len(tower.blocks)))
@@ -37,7 +38,8 @@ def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
 
     def flops(items: Sequence[Encoded], _: int) -> float:
         tokens = [len(each.input_ids) for each in items]
-        cut = [len(image.tiles) for each in items for image in each.images]
+        grids = [grid_of(image, side) for each in items for image in each.images]
+        cut = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
         pairs = pair * sum(count**2 for count in tokens) / 2 + last_pair * sum(tokens)
         # Windows at an image's edges are smaller: that is ignored.
         of_tower = sum(seen * count**2 + windowed * count * min(count, window) for count in cut)

@@ -51,7 +51,7 @@ class _Parts(PreTrainedModel):
     def tower_states(self, images: Sequence[Image], patches: Tensor) -> Tensor:
         """Return the states of images with these patches (n, 3, side, side): (1 + deepstack, n, width)."""
         weight, of = self.visual.patch_embed.proj.weight, checks.version(self.config)
-        pixels = normalised(patches, of.mean, of.std, weight.device, weight.dtype)
+        pixels = normalised(patches, images, of.mean, of.std, weight.device, weight.dtype)
         return tower_states(self.visual, pixels, Layout.of(images, self.visual.config, weight.device))
 
 
@@ -106,7 +106,8 @@ class QwenVL(_Parts):
         places, deep = None, list[Tensor]()
         if packed.images:
             # Computed on the CPU: `nonzero` on the device would wait for all queued work.
-            places = sent((packed.cpu_ids == self.config.image_token_id).nonzero()[:, 0], embeds.device)
+            marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
+            places = sent(torch.isin(packed.cpu_ids, marks).nonzero()[:, 0], embeds.device)
             tokens, *deep = self.merged(
                 self.tower_states(packed.images, packed.tiles) if features is None else features
             )

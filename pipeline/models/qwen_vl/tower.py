@@ -95,8 +95,9 @@ class PackedVisionAttention(nn.Module):
 class Layout:
     """What a tower needs to know of n patches besides their pixels.
 
-    positions: (n, 2) rows and columns.  whole: each image (frame) is a piece.  windows: each window is one, in the
-    order of `by_window`; None without windows.  by_window: (n,) the patches in the order of windows.
+    positions: (n, 2) rows and columns.  whole: each image, or each two frames, is a piece.
+    windows: each window is one, in the order of `by_window`; None without windows.
+    by_window: (n,) the patches in the order of windows.
     taps, weights: (n, 4) entries of the table of learned positions that a patch interpolates, if the tower has one.
     """
 
@@ -111,7 +112,7 @@ class Layout:
     def of(cls, images: Sequence[Image], config: Any, device: torch.device) -> "Layout":
         """Compute the layout on the CPU, because it depends on numbers that the device would have to be asked for."""
         side, merge = config.patch_size, config.spatial_merge_size
-        grids = torch.tensor([[1, image.height // side, image.width // side] for image in images])
+        grids = torch.tensor([grid_of(image, side) for image in images])
         lengths = get_vision_cu_seqlens(grids).diff().tolist()
         layout: dict[str, Any] = {"positions": sent(get_vision_position_ids(grids, merge), device)}
         layout["whole"] = Pieces(tuple(lengths), device, causal=False)
@@ -126,15 +127,31 @@ class Layout:
         return cls(**layout)
 
 
-def normalised(
-    patches: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Normalise (n, 3, side, side) uint8 to (n, 3, 2, side, side) for the tower.
+def grid_of(image: Image, side: int) -> tuple[int, int, int]:
+    """Return how many frames the tower sees of an image or video, and their rows and columns of patches."""
+    rows, columns = image.height // side, image.width // side
+    return len(image.tiles) // (rows * columns) // (1 + image.video), rows, columns
 
-    A patch is of two frames; an image is two equal ones. It computes in float32: bf16 has only eight bits.
+
+def normalised(
+    patches: Tensor,
+    images: Sequence[Image],
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Normalise the images' patches (n, 3, side, side) uint8 for the tower: (n', 3, 2, side, side).
+
+    A tower's patch has two frames: of an image twice the same. It computes in float32: bf16 has only eight bits.
     """
     of = [sent(torch.tensor(values)[:, None, None], device) for values in (mean, std)]
     pixels = sent(patches, device).float().div_(255).sub_(of[0]).div_(of[1]).to(dtype)
+    if any(image.video for image in images):
+        times = torch.tensor([1 if image.video else 2 for image in images])
+        counts = torch.tensor([len(image.tiles) for image in images])
+        twice = torch.arange(len(patches)).repeat_interleave(times.repeat_interleave(counts))
+        return pixels.index_select(0, sent(twice, device)).unflatten(0, (-1, 2)).transpose(1, 2)
     return pixels[:, :, None].expand(-1, -1, 2, -1, -1)
 
 
