@@ -41,7 +41,8 @@ def sample_frames(data: bytes, count: int, fps: float | None = None) -> list[Ima
         llava/utils.py): every n-th frame from the first on, where n is the video's mean frame rate / fps, rounded, and
         at least 1. If they are more than `count`, return `count` evenly spaced frames.
 
-    Rotated videos are turned upright. Raises BadSample if the video is undecodable, has no frames or exceeds the limits
+    Each frame has its time in seconds as `info["seconds"]`, by the video's mean frame rate, if that is known. Rotated
+    videos are turned upright. Raises BadSample if the video is undecodable, has no frames or exceeds the limits
     above, and for fps if its frame rate is unknown.
     """
     try:
@@ -51,6 +52,9 @@ def sample_frames(data: bytes, count: int, fps: float | None = None) -> list[Ima
         if total != packets:  # some packets have no visible frame, and some decoders merge or split them
             numbers = _chosen(total, count, rate, fps)
             frames, _ = _decode(data, numbers, max_pixels)
+        if rate:
+            for number, frame in frames.items():
+                frame.info["seconds"] = number / rate
         return [frames[number] for number in numbers]
     except BadSample:
         raise

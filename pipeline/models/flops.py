@@ -18,6 +18,8 @@ from pipeline.data.batch import Encoded
 # (this rank's items of a step, rows of logits) -> FLOPs
 StepFlops = Callable[[Sequence[Encoded], int], float]
 
+_MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d)  # each row or patch is multiplied with all of the weight
+
 
 def trains(*modules: nn.Module) -> bool:
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
@@ -29,7 +31,7 @@ def known(*modules: nn.Module) -> bool:
         id(parameter)
         for module in modules
         for layer in module.modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))
+        if isinstance(layer, (*_MATRICES, nn.Embedding))
         for parameter in layer.parameters(recurse=False)
     }
     shapes = {id(p): getattr(p, "ds_shape", p.shape) for module in modules for p in module.parameters()}
@@ -39,7 +41,7 @@ def known(*modules: nn.Module) -> bool:
 
 def per_row(*modules: nn.Module, inputs: bool) -> int:
     """Return a step's FLOPs for each row that the modules' matrices process.  inputs: their gradient is needed."""
-    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, _MATRICES))
     return sum(2 * _elements(layer.weight) * (1 + int(inputs) + int(layer.weight.requires_grad)) for layer in layers)
 
 

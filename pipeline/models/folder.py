@@ -100,7 +100,8 @@ def _earlier_rope(parameters: dict[str, Any]) -> dict[str, Any]:
         return {}
     scaling = {name: value for name, value in parameters.items() if name not in _UNSCALED}
     earlier = {name: parameters[name] for name in _UNSCALED if name in parameters}
-    return earlier | {"rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None}
+    plain = scaling.get("rope_type", "default") == "default" and "mrope_section" not in scaling
+    return earlier | {"rope_scaling": None if plain else scaling}
 
 
 def _replace(file: Path, values: dict[str, Any]) -> None:

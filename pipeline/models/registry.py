@@ -7,6 +7,7 @@ from pipeline.models.family import SavedModelInterface, TrainingInterface
 FAMILIES = Registry(
     {
         "llave": "pipeline.models.llave",
+        "qwen_vl": "pipeline.models.qwen_vl",
         "text_encoder": "pipeline.models.text_encoder",
         "llm2clip": "pipeline.models.llm2clip",
         "clip": "pipeline.models.clip",

@@ -31,9 +31,9 @@ from pipeline.data.sample import BadSample, Item, Pair
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models import chunks as chunks_module
 from pipeline.models.chunks import CachedFeatures, Features, pack
-from pipeline.models.llave.model import Llave
-from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.models.family import Processor
 from pipeline.models.lora import add_adapters
+from pipeline.models.registry import training_of
 from pipeline.objectives.contrastive import step as step_module
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.step import Contrastive
@@ -50,12 +50,7 @@ LABELLED_INVALID = {3, 4}  # both on the first rank: the ranks' numbers of valid
 TEACHER_WIDTH = 5
 MIXES = ("images", "text", "mixed")
 CHUNK_TOKENS = (1, 200, 100_000)  # one item per chunk, several, all
-PARTS = {
-    "multi_modal_projector": "projector",
-    "image_newline": "projector",
-    "language_model": "language_model",
-    "vision_tower": "vision_tower",
-}
+RECIPES = {"llava_onevision": "demo", "qwen3_vl": "demo_qwen"}  # by the model_type in a folder's config.json
 WHOLE = ("model.train.vision_tower=true",)
 FROZEN = ("batch.tower_tiles=3", "batch.features_mb=0")
 OF_TASKS = "objective.temperatures={a: 0.05}"
@@ -103,6 +98,11 @@ ALL = (
 )
 ALONE = FEW[::2]  # there is no other rank: only the chunking of the batch differs
 SHAPED = (Case("mixed", 200, 2),)
+OTHERS = (  # of other families, beside FEW or ALL
+    Case("mixed", 200, 1),
+    Case("mixed", 200, 2, (*FROZEN, "model.train.lora.rank=4")),
+    Case("images", 200, 1000, (*FROZEN, CHECKPOINTING)),
+)
 OFFLOADED = (
     Case("mixed", 200),
     Case("images", 200, 2),
@@ -160,7 +160,7 @@ def is_invalid(pair: Pair) -> bool:
     return int(pair.key) in (INVALID if pair.teacher is None else LABELLED_INVALID)
 
 
-def batch_of(pairs: list[Pair], processor: LlaveProcessor) -> Batch:
+def batch_of(pairs: list[Pair], processor: Processor) -> Batch:
     def parse(pair: Pair) -> Pair:
         if is_invalid(pair):
             raise BadSample("made so")
@@ -179,9 +179,9 @@ def sub_batches(pairs: list[Pair], recipe: Recipe) -> list[list[Pair]]:
 
 
 def formula(
-    model: Llave,
+    model: torch.nn.Module,
     pairs: list[Pair],
-    processor: LlaveProcessor,
+    processor: Processor,
     objective: ContrastiveSection,
     temperature: torch.Tensor,
     alpha: float,
@@ -278,10 +278,12 @@ def largest_difference(engine: deepspeed.DeepSpeedEngine, theirs: dict[str, torc
     return largest
 
 
-def recipe_of(fields: tuple[str, ...]) -> Recipe:
+def recipe_of(fields: tuple[str, ...], model: str | None = None) -> Recipe:
+    """Return the demo's recipe with these fields.  model: its folder; None is a LLaVE's."""
+    kind = json.loads(Path(model, "config.json").read_text())["model_type"] if model else "llava_onevision"
     common = [f"batch.global_batch={PAIRS}", "data.lanes=2", f"optimizer.lr={LR}", f"optimizer.eps={EPS}"]
     common += ["optimizer.weight_decay=0.1", "optimizer.max_grad_norm=1.0", "model.train.vision_tower=false"]
-    return load_recipe("pipeline/recipes/demo.yaml", [*common, *fields])
+    return load_recipe(f"pipeline/recipes/{RECIPES[kind]}.yaml", [*common, *fields])
 
 
 @dataclass(frozen=True)
@@ -313,8 +315,9 @@ def computed_once(keys: Iterable[Key], compute: Callable[[Key], Expected], folde
 
 
 def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
-    recipe, processor = recipe_of(fields), LlaveProcessor.load(model, 512)
-    reference = Llave.load(model, torch.float32)
+    recipe = recipe_of(fields, model)
+    family = training_of(recipe)
+    processor, reference = family.processor(recipe, model), family.load_whole(recipe, model)
 
     def loss(step: int, temperature: torch.Tensor) -> torch.Tensor:
         parts = sub_batches(make_pairs(mix, seed=step), recipe)
@@ -322,7 +325,8 @@ def expected(model: str, mix: str, fields: tuple[str, ...]) -> Expected:
         of_parts = [formula(reference, part, processor, recipe.objective, temperature, alpha) for part in parts]
         return torch.stack(of_parts).mean()
 
-    return trained_alone(reference, recipe, PARTS, loss)
+    parts = {prefix: part for part, prefixes in recipe.model.train.parts().items() for prefix in prefixes}
+    return trained_alone(reference, recipe, parts, loss)
 
 
 def trained_alone(
@@ -382,14 +386,14 @@ def reference_of(model: str, case: Case) -> tuple[str, str, tuple[str, ...]]:
 
 def compare(model: str, stage: str, case: Case, theirs: Expected) -> dict:
     cut = (f"batch.chunk_tokens={case.chunk_tokens}", f"batch.kept_chunks={case.kept_chunks}")
-    recipe = recipe_of((f"deepspeed={stage}", *cut, *case.fields))
+    recipe = recipe_of((f"deepspeed={stage}", *cut, *case.fields), model)
     tower = load_frozen(recipe, model, torch.device("cpu"))
     engine = build_engine(recipe, load_ds_config(recipe, dist.get_world_size()), model)
     return {"case": repr(case)} | differences(
         engine,
         recipe,
         theirs,
-        LlaveProcessor.load(model, 512),
+        training_of(recipe).processor(recipe, model),
         partial(make_pairs, case.mix),
         lambda: CachedFeatures(tower, recipe.batch.features_mb << 20) if tower else None,
     )
@@ -399,7 +403,7 @@ def differences(
     engine: deepspeed.DeepSpeedEngine,
     recipe: Recipe,
     theirs: Expected,
-    processor: LlaveProcessor,
+    processor: Processor,
     pairs_of: Callable[[int], list[Pair]],
     features: Callable[[], Features | None],
 ) -> dict[str, float]:
@@ -440,7 +444,9 @@ def main() -> None:
 
         step_module.plan_chunks = unguarded
         cases = (Case(flags[1], 200),)
-    pairs = [(model, case) for model in models.split(",") for case in cases]
+    first, *others = models.split(",")
+    pairs = [(first, case) for case in cases]
+    pairs += [(model, case) for model in others for case in (cases if cases is SHAPED else OTHERS)]
     kept = computed_once((reference_of(*pair) for pair in pairs), lambda key: expected(*key), Path(references))
     results = [compare(model, stage, case, kept[reference_of(model, case)]) for model, case in pairs]
     if dist.get_rank() == 0:

@@ -85,7 +85,7 @@ def error_of(folders) -> Callable[..., str]:
         ("demo_llm2clip", "model.instruction=find", "unknown field model.instruction; "),
         ("demo_caption", "model.architecture.vision={hidden_size: 8}", "unknown field model.architecture.vision; "),
         ("demo_clip", "model.architecture.text={}", "model.architecture.text: Dictionary should have at least 1 item"),
-        ("demo_clip", "model.family=blip", "model.family is 'blip': set it to one of llave, text_encoder, "),
+        ("demo_clip", "model.family=blip", "model.family is 'blip': set it to one of llave, qwen_vl, "),
         ("demo_caption", "model.images=as_stored", "unknown field model.images; "),
         ("demo", "model.images=turned", "model.images: Input should be 'upright' or 'as_stored', got 'turned'"),
         ("demo_clip", "objective.name=masked_next_token", "unknown field objective.alpha; "),

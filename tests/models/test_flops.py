@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,6 +107,26 @@ def test_llave(options, tmp_path):
     causal = 12 * squares / 2 * text.hidden_size * (text.num_hidden_layers - 1)  # torch counts whole squares
     expected = flops(items, 0) + causal + rotary(model.language_model, items)
     assert counted(model, items, features) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), (TOWERLESS,), (TOWERLESS, "model.train.projector=false"), (TOWERLESS, "model.train.language_model=false")],
+    ids=" ".join,
+)
+def test_qwen_vl(options, tmp_path):
+    recipe = load_recipe("demo_qwen.yaml", list(options))
+    model, features, flops = built(recipe, tmp_path)
+    pictures = [Picture.new("RGB", size) for size in ((48, 32), (90, 20))]
+    processor = training_of(recipe).processor(recipe, str(tmp_path))
+    items = [processor.encode_parts("<image>\nstar", [lambda each=each: each], None) for each in pictures]
+    items.append(processor.encode_parts("<video> moves", [], lambda: [Picture.new("RGB", (32, 24))] * 3))
+    items += texts() if recipe.model.train.language_model else []
+    text, tokens = model.language_model.config, [len(item.input_ids) for item in items]
+    width = text.num_attention_heads * text.head_dim
+    causal = 12 * sum(count**2 for count in tokens) / 2 * width * (text.num_hidden_layers - 1)
+    rotary = 3 * text.head_dim * sum(tokens)  # three axes
+    assert counted(model, items, features) == flops(items, 0) + causal + rotary
 
 
 @pytest.mark.parametrize("options", [(), (LORA,)], ids=" ".join)

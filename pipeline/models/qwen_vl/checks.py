@@ -1,0 +1,174 @@
+"""Load the config of a Qwen-VL, and check that this project supports it."""
+
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+    Qwen3VLVisionModel,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+from pipeline.errors import PipelineError
+from pipeline.models import loading
+from pipeline.models.files import fetched
+from pipeline.models.qwen_vl.config import QwenVLArchitecture, QwenVLSection
+from pipeline.models.qwen_vl.patches import Patches
+
+Numbers = tuple[float, float, float]
+
+SETTINGS = "embedding"  # the field of config.json that holds the `Settings` of an export
+# Defaults of Qwen3-VL-Embedding: src/models/qwen3_vl_embedding.py of github.com/QwenLM/Qwen3-VL-Embedding, commit
+# 8ce3aab. Its limits of an image are there in pixels, for 32 x 32 pixels per token.
+INSTRUCTION = "Represent the user's input."
+MIN_TOKENS, MAX_TOKENS = 4, 1800
+
+
+@dataclass(frozen=True)
+class Version:
+    """One of the families of transformers that this package supports.
+
+    tower: its vision tower.  whole: its model without LM head.  mean, std: the normalisation of images.
+    """
+
+    config: type[PreTrainedConfig]
+    tower: type[PreTrainedModel]
+    whole: type[PreTrainedModel]
+    mean: Numbers
+    std: Numbers
+
+
+_CLIP = cast(tuple[Numbers, Numbers], (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)))
+_HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+VERSIONS = {
+    "qwen2_vl": Version(Qwen2VLConfig, Qwen2VisionTransformerPretrainedModel, Qwen2VLModel, *_CLIP),
+    "qwen2_5_vl": Version(Qwen2_5_VLConfig, Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLModel, *_CLIP),
+    "qwen3_vl": Version(Qwen3VLConfig, Qwen3VLVisionModel, Qwen3VLModel, *_HALF),
+}
+EXPERTS = ("qwen3_vl_moe",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model embeds an item, in its config.json.
+
+    instruction: the system's turn of the prompt.  min_pixels, max_pixels: to which images are resized.
+    """
+
+    instruction: str
+    min_pixels: int
+    max_pixels: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, path: str) -> "Settings":
+        """Return a config's settings, or the defaults.  path: for errors."""
+        area = (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
+        stored = getattr(config, SETTINGS, None)
+        if stored is None:
+            return cls(INSTRUCTION, MIN_TOKENS * area, MAX_TOKENS * area)
+        kinds = {field.name: field.type for field in fields(cls)}
+        if not isinstance(stored, dict) or {name: type(value) for name, value in stored.items()} != kinds:
+            raise PipelineError(
+                f"{path}: {SETTINGS}={stored!r} in its config.json is not supported; expected are {', '.join(kinds)}: "
+                "was it written by a later version?"
+            )
+        return cls(**stored)
+
+
+def version(config: PreTrainedConfig) -> Version:
+    return VERSIONS[config.model_type]
+
+
+def load_config(path: str) -> Any:
+    """Return the config of a folder or hub name; PipelineError if this project does not support the model."""
+    values = loading.config_dict(path)
+    kind = values.get("model_type")
+    if kind in EXPERTS:
+        raise PipelineError(f"{path} is a {kind} model, with experts, which are not supported: use a dense Qwen-VL")
+    if kind not in VERSIONS:
+        raise PipelineError(f"{path} is a {kind} model; expected {', '.join(VERSIONS)}")
+    file = fetched(path, weights=False) / "config.json"
+    if not isinstance(values.get("vision_config"), dict):
+        raise PipelineError(f"{file}: vision_config is missing: name a whole model")
+    with loading.reading(file):
+        config = VERSIONS[kind].config.from_dict(values)  # of Qwen2-VL, text fields may be at the top level
+        _require_supported(str(file), config)
+    return config
+
+
+def config_of_architecture(architecture: QwenVLArchitecture) -> Any:
+    """Return the config of model.architecture; PipelineError for a field that transformers would ignore."""
+    kind: Any = VERSIONS[architecture.model_type].config
+    parts = kind.sub_configs
+    loading.refuse_unknown("vision", architecture.vision, parts["vision_config"]())
+    loading.refuse_unknown("text", architecture.text, parts["text_config"]())
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = kind(
+        vision_config=parts["vision_config"](**architecture.vision),
+        text_config=parts["text_config"](**tokens | architecture.text),
+    )
+    _require_supported("model.architecture", config)
+    return config
+
+
+def config_of(model: QwenVLSection) -> Any:
+    """Return the config of the recipe's model, with the recipe's `Settings`, without loading or building the model."""
+    if model.path:
+        config = load_config(model.path)
+    else:
+        assert model.architecture
+        config = config_of_architecture(model.architecture)
+    settings = Settings.of(config, model.path or "model.architecture")
+    values = {field.name: getattr(model, field.name) or getattr(settings, field.name) for field in fields(Settings)}
+    if values["min_pixels"] > values["max_pixels"]:
+        raise PipelineError(
+            f"model.min_pixels={values['min_pixels']} is more than model.max_pixels={values['max_pixels']}: set both"
+        )
+    setattr(config, SETTINGS, values)
+    return config
+
+
+def patches(config: Any, path: str, max_tokens: int) -> Patches:
+    """Return how a model with this config cuts images into patches.  path: for errors.  max_tokens: of an item."""
+    vision, settings = config.vision_config, Settings.of(config, path)
+    return Patches(vision.patch_size, vision.spatial_merge_size, settings.min_pixels, settings.max_pixels, max_tokens)
+
+
+def reads_videos(config: PreTrainedConfig) -> bool:
+    """Whether videos are supported. Of Qwen2-VL and Qwen2.5-VL, versions of transformers disagree on positions."""
+    return config.model_type == "qwen3_vl"
+
+
+def tower_width(config: Any) -> int:
+    """Return the width of a patch's state in the tower."""
+    vision = config.vision_config
+    return int(vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size)
+
+
+def _require_supported(where: str, config: Any) -> None:
+    """Raise PipelineError if the config's parts do not fit each other, or are not supported.  where: for errors."""
+    text, vision = config.text_config, config.vision_config
+    half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+    sections = text.rope_parameters.get("mrope_section")
+    width = vision.hidden_size if config.model_type == "qwen2_vl" else vision.out_hidden_size
+    window, side = getattr(vision, "window_size", None), vision.patch_size * vision.spatial_merge_size
+    deep, layers = len(getattr(vision, "deepstack_visual_indexes", ())), text.num_hidden_layers
+    for name, value, supported, expected in (
+        ("text_config's mrope_section", sections, sum(sections or ()) == half, f"three numbers, {half} in all,"),
+        ("vision_config's output width", width, width == text.hidden_size, f"the text's, {text.hidden_size},"),
+        ("vision_config.temporal_patch_size", vision.temporal_patch_size, vision.temporal_patch_size == 2, "2"),
+        ("vision_config.in_channels", vision.in_channels, vision.in_channels == 3, "3"),
+        ("vision_config.window_size", window, window is None or window >= side, f"a token's side, {side}, or more"),
+        ("deepstack, layers", deep, deep <= layers, f"at most {layers}, the layers of the language model,"),
+    ):
+        if not supported:
+            raise PipelineError(f"{where}: {name}={value!r} is not supported; {expected} is")

@@ -1,0 +1,48 @@
+"""The FLOPs of a step of a Qwen-VL."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.data.batch import Encoded
+from pipeline.models.flops import StepFlops, attention_width, known, per_pair, per_row, trains
+from pipeline.models.qwen_vl.checks import tower_width
+from pipeline.models.qwen_vl.model import QwenVL
+from pipeline.models.qwen_vl.tower import grid_of
+
+
+def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
+    """Return what counts a step's FLOPs; None if they are unknown.  tower: the model's or the frozen one.
+
+    The language model pools in its last layer, which has keys and values for all tokens, and one query for each item.
+    """
+    text, config = model.language_model, model.config
+    mergers = [model.visual.merger, *getattr(model.visual, "deepstack_merger_list", ())]
+    blocks = [tower.patch_embed, *tower.blocks]
+    if not known(text, tower, *mergers):
+        return None
+    # Whether the gradient of the tower's states is needed; that of the layers' inputs.
+    to_states = trains(*blocks)
+    to_inputs = to_states or trains(*mergers) or trains(text)
+    merged, side = config.vision_config.spatial_merge_size**2, config.vision_config.patch_size
+    patch = per_row(tower.patch_embed, inputs=False) + per_row(*tower.blocks, inputs=to_states)
+    image_token = merged * patch + per_row(*mergers, inputs=to_states or trains(*mergers))
+    full = getattr(config.vision_config, "fullatt_block_indexes", range(len(tower.blocks)))
+    seen = per_pair(tower_width(config), len(full), inputs=to_states)
+    windowed = per_pair(tower_width(config), len(tower.blocks) - len(full), inputs=to_states)
+    window = (getattr(config.vision_config, "window_size", 0) // config.vision_config.patch_size) ** 2
+    *layers, last = text.layers
+    attention, width = last.self_attn, attention_width(text.config)
+    token = per_row(*layers, attention.k_proj, attention.v_proj, inputs=to_inputs)
+    item = per_row(attention.q_proj, attention.o_proj, last.mlp, inputs=to_inputs)
+    pair, last_pair = (per_pair(width, count, inputs=to_inputs) for count in (len(layers), 1))
+
+    def flops(items: Sequence[Encoded], _: int) -> float:
+        tokens = [len(each.input_ids) for each in items]
+        grids = [grid_of(image, side) for each in items for image in each.images]
+        cut = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
+        pairs = pair * sum(count**2 for count in tokens) / 2 + last_pair * sum(tokens)
+        # Windows at an image's edges are smaller: that is ignored.
+        of_tower = sum(seen * count**2 + windowed * count * min(count, window) for count in cut)
+        return token * sum(tokens) + pairs + item * len(items) + image_token * sum(cut) / merged + of_tower
+
+    return flops
