@@ -105,6 +105,13 @@ def load_config(path: str) -> Any:
     return config
 
 
+def tower_heads(config: Any) -> PreTrainedConfig:
+    """Return the vision tower's heads under the names that other models' configs have for them."""
+    vision = config.vision_config
+    width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
+    return PreTrainedConfig.from_dict({"num_attention_heads": vision.num_heads, "hidden_size": width})
+
+
 def config_of_architecture(architecture: QwenVLArchitecture) -> Any:
     """Return the config of model.architecture; PipelineError for a field that transformers would ignore."""
     kind: Any = VERSIONS[architecture.model_type].config

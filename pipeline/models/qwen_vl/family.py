@@ -7,13 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.attention import fastest
+from pipeline.models.attention import choose
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
@@ -66,6 +67,9 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
         config = self._config(recipe, path)
         return QwenVLProcessor.load(path, section.max_tokens, recipe.video.frames, config, section.images)
 
+    def decoder(self, recipe: Recipe) -> PreTrainedConfig:
+        return cast(PreTrainedConfig, checks.config_of(self.section(recipe)))
+
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         kind = QwenVL if self.section(recipe).train.vision_tower else TowerlessQwenVL
         return cast(nn.Module, kind.load(path, DTYPES[recipe.precision], self._config(recipe, path), attention))
@@ -90,8 +94,7 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
         if self.section(recipe).train.vision_tower:
             return None
         dtype = DTYPES[recipe.precision]
-        config = checks.load_config(path)
-        attention = recipe.model.attention if recipe.model.attention != "auto" else fastest(config, dtype, device)
+        attention = choose(recipe.model.attention, device.type, dtype, checks.tower_heads(checks.load_config(path)))
         return FrozenQwenTower.load(path, dtype, device, attention, recipe.batch.tower_tiles)
 
     def exported(self, weights: Tensors, frozen: Frozen | None) -> Tensors:
@@ -124,7 +127,7 @@ class SavedQwenVL(SavedModelInterface):
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         config, dtype = checks.load_config(path), DTYPES[precision]
-        model = QwenVL.load(path, dtype, config, fastest(config, dtype, device))
+        model = QwenVL.load(path, dtype, config, choose("auto", device.type, dtype, config))
         return model.eval().to(device), None
 
 
