@@ -98,6 +98,7 @@ class Backbone:
     lora: bool = False
 
 
+# The chunk sizes leave 9 GB or more of 72 GB by the memory plan, of 7B with all weights on eight GPUs with ZeRO-3, too.
 BACKBONES = {
     "0.5b": Backbone(896, 24, 14, 2, 4864, 151_936, 16_384),
     "2b": Backbone(1536, 28, 12, 2, 8960, 151_936, 8192),

@@ -138,8 +138,8 @@ def _why_not() -> str:
         reason = "" if difference <= 4 * 2**-8 else f"they are wrong here by {difference:.1g}"
     if reason and os.environ.get("LOCAL_RANK", "0") == "0":  # nodes may differ
         logger.warning(
-            "SwiGLU and rotary embedding run as several kernels on %s, which makes steps slower: Triton's cannot be "
-            "used (%s). They need triton, a C compiler (CC), Python's headers, and a folder to write to "
+            "RMSNorm, SwiGLU and rotary embedding run as many kernels on %s, which makes steps slower: Triton's cannot "
+            "be used (%s). They need triton, a C compiler (CC), Python's headers, and a folder to write to "
             "(TRITON_CACHE_DIR).",
             socket.gethostname(),
             reason,
