@@ -1,6 +1,5 @@
 """Checkpoints that are written while training continues: exact copies, and whole or absent at every moment."""
 
-import operator
 import os
 import resource
 import shutil
@@ -207,35 +206,35 @@ def _killed_while_writing(rank: int) -> int:
         saver._pool.submit(released.wait)
         saver.begin(2, {"bad_samples": 0})  # the thread does nothing until then
         unfinished = folder / f"unfinished-{NEW.removeprefix('step-')}"
-        for number, (_, path) in enumerate(saver._files):
-            size = (folder / OLD / Path(path).name).stat().st_size
-            for length in (0, size // 3, size // 2, size - 1):
-                if not (child := os.fork()):
-                    try:
-                        signal.alarm(HANG_SECONDS)
-                        saver._copies.fill()
-                        saver._write = partial(kill_at, length, saver._write, iter(range(number + 1)))
-                        saver._written(unfinished)
-                    finally:
-                        os._exit(0)
-                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
-                assert (unfinished / Path(path).name).stat().st_size <= length
-                assert resume.whole(folder, thorough=True).name == OLD
-                killed += 1
-        dist.barrier()
-        released.set()
+        try:
+            for _, path in saver._files:
+                size = (folder / OLD / Path(path).name).stat().st_size
+                for length in (0, size // 3, size // 2, size - 1):
+                    if not (child := os.fork()):
+                        try:
+                            signal.alarm(HANG_SECONDS)
+                            saver._copies.fill()
+                            saver._write = partial(kill_inside, path, length, saver._write)
+                            saver._written(unfinished)
+                        finally:
+                            os._exit(0)
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+                    assert (unfinished / Path(path).name).stat().st_size <= length
+                    assert resume.whole(folder, thorough=True).name == OLD
+                    killed += 1
+        finally:  # also after a failure, for which the saver would wait
+            released.set()
         saver.finish()
         assert resume.whole(folder, thorough=True).name == NEW
     return killed
 
 
-def kill_at(length: int, write: Callable[..., None], left: Iterator[int], *arguments: object) -> None:
-    """Write, and let the system kill this process when the last file of `left` gets longer than `length` bytes."""
-    next(left)
-    if not operator.length_hint(left):
+def kill_inside(file: str, length: int, write: Callable[..., None], state: object, path: str) -> None:
+    """Write, and let the system kill this process when `file` gets longer than `length` bytes."""
+    if path == file:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
-    write(*arguments)
+    write(state, path)
 
 
 def test_checkpoint_is_absent_if_its_writer_is_killed_inside_a_file():
