@@ -1,5 +1,6 @@
 """FLOPs by formula, compared with torch's count of a real forward and backward pass of each family's small models."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +50,12 @@ def built(recipe: Recipe, folder: Path) -> tuple[nn.Module, Features | None, Ste
 
 def counted(model: nn.Module, items: Sequence[Encoded], features: Features | None, chunk_tokens: int = 1) -> int:
     """Return torch's count.  chunk_tokens: 1: each item is a chunk, without padding.  Attention is matrix products."""
-    # Of shapes; torch does not count a product that is added in place.
-    in_place = {torch.ops.aten.addmm_: lambda _, left, right, **others: 2 * left[0] * left[1] * right[1]}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    # Of shapes; torch counts neither a product that is added in place nor a frozen layer with GELU.
+    more = {
+        torch.ops.aten.addmm_: lambda _, left, right, **others: 2 * left[0] * left[1] * right[1],
+        torch.ops.mkldnn._linear_pointwise: lambda x, weight, *others, **more: 2 * math.prod(x) * weight[0],
+    }
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=more) as counter:
         for chunk in plan_chunks(items, chunk_tokens, CPU):
             run_chunk(model, chunk, features).sum().backward()
     return counter.get_total_flops()
