@@ -1,4 +1,4 @@
-"""`python partitions.py MODEL DS_CONFIG WHOLE [key=value ...]`: load MODEL partitioned by ZeRO-3, compare it with WHOLE.
+"""`python partitions.py MODEL DS_CONFIG WHOLE [key=value ...]`: load MODEL partitioned by ZeRO-3; compare with WHOLE.
 
 Each rank prints as JSON the parameters and buffers that differ, and the fraction of the weights that it read.
 """
