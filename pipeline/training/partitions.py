@@ -59,8 +59,10 @@ def load_partitioned(
     # Init cast the rotary frequencies to bf16, too coarse for positions beyond a few hundred: compute them again.
     module: Any
     for module in list(model.modules()):
-        if hasattr(module, "rotary_emb"):
-            module.rotary_emb = type(module.rotary_emb)(module.config).to(get_accelerator().current_device_name())
+        for name in ("rotary_emb", "rotary_pos_emb"):  # of language models, of vision towers
+            if hasattr(module, name):
+                made = type(getattr(module, name))(module.config)
+                setattr(module, name, made.to(get_accelerator().current_device_name()))
     wanted, stored = dict(model.named_parameters()), _stored(path)
     refuse_more_layers(path, stored, {name for name in stored if family.own_name(name) not in wanted})
     for file in sorted({tensor.file for tensor in stored.values()}):

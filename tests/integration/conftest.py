@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from launch import fork_server
+from sections import section
+from transformers import AutoModel
+
+from pipeline.models.registry import training
 
 _BUILD = Path(__file__).with_name("build_cpu_adam.py")
 _building = pytest.StashKey[subprocess.Popen]()
@@ -43,3 +47,23 @@ def cpu_adam(request: pytest.FixtureRequest) -> None:
 def as_many_threads_as_a_rank_has() -> None:
     """Use one thread: another number rounds sums differently in the last bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a Qwen3-VL with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "qwen3_vl"
+    vision = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 48, "depth": 2, "num_heads": 2}
+    vision |= {"patch_size": 4, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
+    text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "initializer_range": 0.1}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}
+    architecture = {"model_type": "qwen3_vl", "vision": vision, "text": text}
+    training("qwen_vl").build(section("qwen_vl", architecture=architecture), ["a small red star"], 1, folder)
+    with torch.no_grad():  # at zero, where biases begin, a relative difference has no meaning
+        model = AutoModel.from_pretrained(folder)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
+        model.save_pretrained(folder)
+    return str(folder)

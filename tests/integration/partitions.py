@@ -1,4 +1,4 @@
-"""`python partitions.py MODEL DS_CONFIG WHOLE`: load MODEL partitioned by ZeRO-3, gather it, compare it with WHOLE.
+"""`python partitions.py MODEL DS_CONFIG WHOLE [key=value ...]`: load MODEL partitioned by ZeRO-3; compare with WHOLE.
 
 Each rank prints as JSON the parameters and buffers that differ, and the fraction of the weights that it read.
 """
@@ -9,13 +9,13 @@ import sys
 import deepspeed
 import torch
 import torch.distributed as dist
+from exactness import recipe_of
 from limits import HANG_MINUTES
 from safetensors import safe_open
 
-from pipeline.config import load_ds_config, load_recipe
+from pipeline.config import load_ds_config
 from pipeline.distributed import end_distributed, start_distributed
-from pipeline.models.llave.model import TowerlessLlave
-from pipeline.models.registry import training
+from pipeline.models.registry import training_of
 from pipeline.training import partitions
 
 read = []
@@ -51,14 +51,15 @@ class CountingFile:
 
 
 def main() -> None:
-    model, config, whole = sys.argv[1:]
+    model, config, whole, *given = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
-    fields = [f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12", "precision=bf16"]
-    recipe = load_recipe("pipeline/recipes/demo.yaml", [*fields, "model.train.vision_tower=false"])
+    fields = (f"deepspeed={config}", "batch.global_batch=12", "data.lanes=12", "precision=bf16")
+    recipe = recipe_of((*fields, *given), model)
+    family = training_of(recipe)
     ds_config = load_ds_config(recipe, dist.get_world_size())
     partitions.safe_open = CountingFile
-    loaded = partitions.load_partitioned(training("llave"), recipe, model, "sdpa", ds_config)
-    expected = TowerlessLlave.load(whole, torch.bfloat16)
+    loaded = partitions.load_partitioned(family, recipe, model, "sdpa", ds_config)
+    expected = family.load(recipe, whole, "sdpa")
     parameters, count = dict(expected.named_parameters()), 0
     same = {}
     for name, parameter in loaded.named_parameters():

@@ -43,6 +43,17 @@ def test_each_rank_reads_only_its_part_of_the_weights(tiny_model, tmp_path, rena
     assert max(result["read"] for result in results) < 0.4
 
 
+def test_rotary_frequencies_of_a_trained_tower_stay_in_float32(tiny_qwen, tmp_path):
+    """Also a checkpoint of the hub is read: its names begin with `model.`, and it may have an LM head."""
+    folder = stored_as(tiny_qwen, tmp_path / "model", lambda name: f"model.{name}")
+    head = {"lm_head.weight": load_file(Path(tiny_qwen, "model.safetensors"))["language_model.embed_tokens.weight"]}
+    save_file(head, folder / "model-2.safetensors")
+    ended = launch([WORKER, str(folder), CONFIG, tiny_qwen, "model.train.vision_tower=true"], 1)
+    assert ended.status == [0], ended.output[-4000:]
+    (result,) = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
+    assert result == {"differing": [], "read": 1}
+
+
 def without_a_layer(name: str) -> str | None:
     return None if "layers.1.mlp" in name else name
 

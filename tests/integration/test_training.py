@@ -15,11 +15,13 @@ from closeness import assert_close_in_norm
 from comparison import assert_results_alike
 from launch import fork, launch, wait
 from limits import HANG_MINUTES, HANG_SECONDS
+from PIL import Image as Picture
 from safetensors.torch import load_file
 
 from pipeline import export
 from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
+from pipeline.embedding.embedder import Embedder
 from pipeline.evaluation.report import Report
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import PROCESSES
@@ -224,6 +226,23 @@ def test_original_checkpoint_trains_adapters_with_automatic_budget(recipe, tmp_p
     assert not [name for name in changed if name.startswith("vision_tower")]
     for name, weight in by_run.items():
         assert_close_in_norm(by_command[name], weight, operations=64)
+
+
+def test_family_of_native_resolution_trains_and_its_export_embeds(recipe, tiny_qwen, tmp_path):
+    run, steps = tmp_path / "run", ["steps=3", "checkpoint.every=2", "deepspeed=ds_configs/zero2.json"]
+    given = ["pipeline/recipes/demo_qwen.yaml", f"model.path={tiny_qwen}", *recipe[2:], *steps]
+    ended = launch(command(given, run, "model.train.vision_tower=false", "model.max_pixels=2048"), world=2)
+    assert ended.status == [0, 0], ended.output[-4000:]
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
+    before, after = (json.loads((run / f"evaluation/step-0000000{n}.json").read_text()) for n in (0, 3))
+    assert before.keys() == after.keys()
+    weights, initial = load_file(run / "export/model.safetensors"), load_file(f"{tiny_qwen}/model.safetensors")
+    assert weights.keys() == initial.keys()
+    moved = {name.split(".")[1] for name in weights if not torch.equal(weights[name], initial[name])}
+    assert moved == {"merger", "deepstack_merger_list", "embed_tokens", "layers", "norm"}
+    embedder = Embedder.load(run / "export", device="cpu", precision="fp32")
+    assert embedder.processor.patches.max_pixels == 2048
+    assert embedder.embed(["a star", Picture.new("RGB", (90, 20))]).shape == (2, 48)
 
 
 def test_resume_with_another_seed_is_refused(finished, recipe):
