@@ -1,4 +1,4 @@
-"""Decoders' norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels on a GPU.
+"""Decoders' layers, norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels on a GPU.
 
 Modules are transformers' own with a changed class, so weights, their names and hooks stay the same. On the CPU and in
 fp32, outputs are transformers' bit for bit. In bf16 on a GPU, a fused kernel computes in float32 and rounds its result
@@ -130,7 +130,7 @@ class LeanMLP(nn.Module):
         gate, x = shared(self.gate_proj, x)
         if torch.is_grad_enabled() or kernels.usable(x):
             return self.down_proj(_SiluProduct.apply(gate, self.up_proj(x)))
-        gate = F.silu(gate)
+        gate = F.silu(gate)  # frees the gate before the product
         return self.down_proj(gate * self.up_proj(x))
 
 
