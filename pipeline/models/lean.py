@@ -1,4 +1,4 @@
-"""Norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels.
+"""Layers, norms, MLPs and rotary embedding: less memory for the backward pass, and fused kernels.
 
 Modules are transformers' own with a changed class, so weights, their names and hooks stay the same. On the CPU and in
 fp32, outputs are transformers' bit for bit. In bf16 on a GPU, a fused kernel computes in float32 and rounds its result
