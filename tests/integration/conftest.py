@@ -54,8 +54,8 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a Qwen3-VL with random weights."""
     folder = tmp_path_factory.mktemp("models") / "qwen3_vl"
     vision = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 48, "depth": 2, "num_heads": 2}
-    vision |= {"patch_size": 4, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
-    text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"patch_size": 4, "num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
+    text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "initializer_range": 0.1}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}
     architecture = {"model_type": "qwen3_vl", "vision": vision, "text": text}

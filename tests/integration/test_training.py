@@ -229,13 +229,12 @@ def test_original_checkpoint_trains_adapters_with_automatic_budget(recipe, tmp_p
 
 
 def test_family_of_native_resolution_trains_and_its_export_embeds(recipe, tiny_qwen, tmp_path):
-    run, steps = tmp_path / "run", ["steps=3", "checkpoint.every=2", "deepspeed=ds_configs/zero2.json"]
+    run, steps = tmp_path / "run", ["steps=3", "checkpoint.every=2", "evaluation=null"]
+    steps.append("deepspeed=ds_configs/zero2.json")
     given = ["pipeline/recipes/demo_qwen.yaml", f"model.path={tiny_qwen}", *recipe[2:], *steps]
     ended = launch(command(given, run, "model.train.vision_tower=false", "model.max_pixels=2048"), world=2)
     assert ended.status == [0, 0], ended.output[-4000:]
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
-    before, after = (json.loads((run / f"evaluation/step-0000000{n}.json").read_text()) for n in (0, 3))
-    assert before.keys() == after.keys()
     weights, initial = load_file(run / "export/model.safetensors"), load_file(f"{tiny_qwen}/model.safetensors")
     assert weights.keys() == initial.keys()
     moved = {name.split(".")[1] for name in weights if not torch.equal(weights[name], initial[name])}

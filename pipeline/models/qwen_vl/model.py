@@ -140,6 +140,7 @@ class TowerlessQwenVL(QwenVL):
         super().__init__(config)
         for name in [name for name, _ in self.visual.named_children() if name not in _MERGERS]:
             delattr(self.visual, name)
+        self.visual.supports_gradient_checkpointing = False  # it has no layers left
 
     def _blank_states(self, like: Tensor) -> Tensor:
         vision = self.config.vision_config

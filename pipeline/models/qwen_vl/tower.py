@@ -25,6 +25,7 @@ from pipeline.models.lean import rotated
 
 def pack_tower(tower: Any) -> None:
     """Give a tower's blocks the attention that `tower_states` needs. Weights, their names and hooks stay the same."""
+    tower._input_embed_layer = "patch_embed"  # or transformers warns of Qwen3-VL's, if activations are checkpointed
     for block in tower.blocks:
         block.attn.__class__ = PackedVisionAttention
 
