@@ -156,7 +156,8 @@ class Share:
         end = 0
         for image in (image for item in self.items.values() for image in item.images):
             start, end = end, end + cast(int, image.tiles)
-            object.__setattr__(image, "tiles", tiles[start:end].numpy())  # new frozen images would take longer
+            # `__getstate__` made each image anew; to replace them again would take longer.
+            object.__setattr__(image, "tiles", tiles[start:end].numpy())
 
 
 def _shared(tiles: list[np.ndarray]) -> torch.Tensor:

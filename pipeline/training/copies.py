@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,15 +33,15 @@ class Copies:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._is_short = False
 
-    def of(self, states: Any, volatile: Iterable[torch.Tensor] = ()) -> Any:
+    def of(self, states: Any, volatile: Any = ()) -> Any:
         """Return a copy of dicts, lists, tensors and plain values, with the same bytes by torch.save but the device.
 
         The tensors' content follows in `fill`. Until then they must not change, except those that share memory with
-        `volatile`, which are copied at once. Tensors that share a storage share its copy. All earlier copies are
+        one in `volatile`, which are copied at once. Tensors that share a storage share its copy. All earlier copies are
         overwritten. Returns None if memory is short, and logs that once.
         """
         self._free, self._used = self._used, defaultdict(list)
-        at_once = {tensor.untyped_storage()._cdata for tensor in volatile}
+        at_once = {tensor.untyped_storage()._cdata for tensor in _tensors(volatile)}
         storages: dict[int, torch.UntypedStorage] = {}
         if not self._fit(states):
             return None
@@ -57,7 +57,9 @@ class Copies:
         return copy.deepcopy(states, tensors)
 
     def fill(self) -> None:
-        """Copy the tensors' content. For another thread; it does not hold Python's lock meanwhile."""
+        """Copy the tensors' content. For another thread; the copies do not hold Python's lock."""
+        if self._stream:
+            torch.cuda.set_device(self._stream.device)  # a new thread has the first device
         with torch.cuda.stream(self._stream):
             for buffer, source in self._unfilled:
                 buffer.copy_(source, non_blocking=True)

@@ -66,7 +66,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._filled: Future[None] | None = None
         self._part: Future[None] | None = None
-        # Of all optimizers, because DeepSpeed may use several; it changes the states only in their steps.
+        # Of all optimizers, because DeepSpeed may use several; it changes no state before the first of them steps.
         self._hook = register_optimizer_step_pre_hook(self._wait_for_copies)
         self._left_at = float("inf")
 
@@ -89,7 +89,7 @@ class Saver:
         self._pool.shutdown(wait=False)
 
     def begin(self, step: int, state: dict) -> None:
-        """Begin to write the engine's state after `step` steps, with `state` (plain values). Collective.
+        """Begin to write the engine's state after `step` steps, with `state`. Collective.
 
         The checkpoint before must be finished.  Raises PipelineError if this rank cannot write.
         """
@@ -112,23 +112,25 @@ class Saver:
                     save_latest=False,
                     exclude_frozen_parameters=True,  # they are in the initial model
                 )
-            self._files = self._copied(states)
-            if not self._files:
+            if copied := self._copied(states, state):
+                self._files = copied
+            else:
                 for each in states:
                     self._write(*each)
         self._whole = f"{step}/whole"
         self._filled = self._pool.submit(self._copies.fill)
         self._part = self._pool.submit(self._run, step, unfinished)
 
-    def _copied(self, states: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
-        """Return copies of the states, which `Copies.fill` fills; none if any rank is short of memory. Collective."""
-        copied = self._copies.of(states, self.engine.module.buffers())  # a forward pass may change buffers
+    def _copied(self, states: list[tuple[Any, str]], state: dict) -> list[tuple[Any, str]] | None:
+        """Return copies of the states, which `Copies.fill` fills; None if any rank is short of memory. Collective."""
+        volatile = [*self.engine.module.buffers()], state  # a forward pass, and the objective, may change these
+        copied = self._copies.of(states, volatile)
         fits = torch.tensor(copied is not None, dtype=torch.int32, device=self.engine.device)
         dist.all_reduce(fits, dist.ReduceOp.MIN)
         if fits:
             return copied
         self._copies.free()
-        return []
+        return None
 
     def _wait_for_copies(self, *_: object) -> None:
         """Before an optimizer changes the states. An error of the copy is raised by `raise_failure`."""

@@ -113,7 +113,8 @@ def _doing() -> Location:
     """Return where the main thread is, or where it failed, and a collective that another thread waits in."""
     main = threading.main_thread().ident
     at = {thread: Location.of(traceback.walk_stack(frame)) for thread, frame in sys._current_frames().items()}
-    own = failed() or at.pop(main)  # type: ignore[arg-type]
+    here = at.pop(main)  # type: ignore[arg-type]
+    own = failed() or here
     others = (each.collective for each in at.values() if each.collective)
     return Location(own.code, own.collective or next(others, ""))
 

@@ -2,6 +2,8 @@
 
 import io
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -84,3 +86,36 @@ def test_without_memory_nothing_is_copied_and_that_is_logged_once(monkeypatch, c
 def test_pinned_memory_is_counted_as_torch_allocates_it():
     assert [_allocated(size, True) for size in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
     assert _allocated(4097, False) == 4097
+
+
+def test_on_a_gpu_a_stream_of_its_device_copies_after_the_states_are_there_and_before_they_are_written(monkeypatch):
+    done, device = [], torch.device("cuda", 1)
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_stream(self, other: str) -> None:
+            done.append(f"wait for {other}")
+
+        def synchronize(self) -> None:
+            done.append(f"synchronize with {copied()} copied")
+
+    @contextmanager
+    def using(stream: Stream) -> Iterator[None]:
+        done.append("use the stream")
+        yield
+        done.append("leave it")
+
+    def copied() -> float:
+        return float(kept["a"].sum())
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", using)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the main stream of {device}")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(f"use {device}"))
+    copies = Copies(device)
+    kept = copies.of({"a": torch.ones(5)})
+    assert done == ["wait for the main stream of cuda:1"]
+    copies.fill()
+    assert done[1:] == ["use cuda:1", "use the stream", "leave it", "synchronize with 5.0 copied"]

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from limits import HANG_SECONDS
@@ -44,14 +45,15 @@ class Counter(nn.Module):
 
 
 def an_engine(stage: int) -> deepspeed.DeepSpeedEngine:
-    """Return an engine of ZeRO stage 1 or 2 that has taken a step."""
+    """Return an engine of a ZeRO stage that has taken a step. Stage 3 steps in several groups."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as start_distributed does
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50), Counter(), nn.Linear(50, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    config = {"train_batch_size": 2, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    zero = {"stage": stage} | ({"sub_group_size": 500, "stage3_param_persistence_threshold": 60} if stage == 3 else {})
+    config = {"train_batch_size": 2, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     take_step(engine)
     return engine
@@ -155,12 +157,12 @@ def test_checkpoint_is_whole_or_absent_at_every_file_operation():
     assert {*found} == {OLD, NEW}
 
 
-def _same_as_deepspeed(rank: int) -> list[bool]:
+def _same_as_deepspeed(rank: int, stage: int) -> list[bool]:
     """Whether each file has the bytes that DeepSpeed writes by itself, with memory for copies on all ranks or not.
 
     The copy begins as late as possible: when the next step's optimizer waits for it.
     """
-    engine, results, stepped = an_engine(1), [], threading.Event()
+    engine, results, stepped = an_engine(stage), [], threading.Event()
     register_optimizer_step_pre_hook(lambda *_: stepped.set())
     with shared_folder() as shared, Saver(engine, shared / "ours", {}, keep=9) as saver:
         fill, write, writers = saver._copies.fill, saver._write, []
@@ -168,13 +170,14 @@ def _same_as_deepspeed(rank: int) -> list[bool]:
         saver._write = lambda *arguments: (writers.append(threading.current_thread().name), write(*arguments))
         for step, memory in enumerate(((1 << 50, 1 << 50), (0, 0), (1 << 50, 0), (1 << 50, 1 << 50)), 1):
             limits.available_memory = lambda memory=memory: memory[rank]
-            state, expected = {"bad_samples": 3}, all(memory)
+            state, expected = {"bad_samples": 3, "of the objective": torch.ones(3)}, all(memory)
             plain, tag = shared / f"plain{step}", f"unfinished-{step:08d}"
             before = engine.checkpoint_engine.save
             engine.save_checkpoint(str(plain), tag, state | {"step": step}, False, exclude_frozen_parameters=True)
             stepped.clear()
             saver._copies.free()
             saver.begin(step, state)
+            state["of the objective"].zero_()
             take_step(engine)
             saver.finish()
             # Whether to write in the background is decided for all ranks together.
@@ -188,8 +191,9 @@ def _same_as_deepspeed(rank: int) -> list[bool]:
     return results
 
 
-def test_checkpoint_has_the_bytes_that_deepspeed_writes():
-    for results in on_two_ranks(_same_as_deepspeed):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpoint_has_the_bytes_that_deepspeed_writes(stage):
+    for results in on_two_ranks(partial(_same_as_deepspeed, stage=stage)):
         assert results == [True] * len(results)
         assert len(results) >= 4 * 4
 

@@ -114,11 +114,21 @@ def test_stacks_are_written_and_the_rank_that_waits_reports(tmp_path, caplog):
 
 
 def test_note_says_where_a_rank_failed_while_it_cleans_up(tmp_path):
+    (tmp_path / FOLDER).mkdir()
     dog = Watchdog(tmp_path, 0, 1, MINUTES)
     with suppress(ValueError), phase("optimizer", 3):
         dist.all_reduce(torch.zeros(1))  # fails: there is no process group
     note = dog._note()
     assert note.collective == "_get_default_group" and note.code.startswith("_get_default_group (distributed_c10d.py:")
+    with suppress(ValueError), phase("loss"):
+        raise ValueError  # in no collective, but the cleanup is in one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.distributed_c10d, "_get_default_group", dog._note)
+        with suppress(AttributeError):
+            dist.barrier()
+    found = Note.read(tmp_path / FOLDER, 0, start_id())
+    assert found and (found.place.phase, found.collective) == ("loss", "")
+    assert found.code.startswith("test_note_says_where_a_rank_failed")
     with phase("report"):
         assert dog._note().collective == ""  # it went on
     assert dog._note().code.startswith("_doing (watchdog.py:")
