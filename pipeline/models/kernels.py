@@ -7,6 +7,7 @@ folder to write to. Without one of these, callers compute the same with torch's 
 import logging
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -129,8 +130,11 @@ def usable(x: Tensor) -> bool:
 @cache
 def _why_not() -> str:
     """Return why the kernels do not run on this machine, or "" if they do; log the reason."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        difference = _largest_difference(torch.device("cuda"))
+        # In a thread of its own: in this one autograd may be off, or may recompute the layer that asks.
+        with ThreadPoolExecutor(1) as pool:
+            difference = pool.submit(_largest_difference, device).result()
     except Exception as error:  # Triton and compilers raise anything
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     else:
@@ -149,6 +153,8 @@ def _why_not() -> str:
 
 def _largest_difference(device: torch.device) -> float:
     """Return the largest difference of the kernels from torch's operators in float32, for small bf16 tensors."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a new thread has the first device
     gate, up, gradient = torch.linspace(-2, 2, 3 * 67 * 3 * 48, device=device).bfloat16().view(3, 1, 67, 3, 48)
     angle = torch.linspace(-9, 9, 67 * 48, device=device).view(1, 67, 48)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()

@@ -9,14 +9,21 @@ from functools import cache
 
 from torch import Tensor
 
+from pipeline.errors import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 
 def pinned(allocate: Callable[[bool], Tensor]) -> Tensor:
-    """Return allocate(True), which pins its memory; if that is refused, warn once and return allocate(False)."""
+    """Return allocate(True), which pins its memory; if that is refused, warn and return allocate(False).
+
+    The same reason is logged once.
+    """
     try:
         return allocate(True)
     except RuntimeError as error:
+        if not is_out_of_memory(error) and "OS call failed" not in str(error):
+            raise  # also an earlier error of the GPU may be raised here
         _warn(str(error).partition("\n")[0])
     return allocate(False)
 

@@ -1,6 +1,9 @@
 """The functions of pipeline/models/triton_kernels.py by torch's operators, which run anywhere."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +13,16 @@ from pipeline import models
 from pipeline.models import kernels
 
 
-def install() -> None:
+@contextmanager
+def installed() -> Iterator[None]:
     """Make models run the way that they run on a GPU."""
-    models.triton_kernels = sys.modules["pipeline.models.triton_kernels"] = sys.modules[__name__]
-    kernels.usable = lambda x: True
-
-
-def uninstall() -> None:
-    kernels.usable = lambda x: False
+    here = sys.modules[__name__]
+    with (
+        mock.patch.dict(sys.modules, {"pipeline.models.triton_kernels": here}),
+        mock.patch.object(models, "triton_kernels", here, create=True),
+        mock.patch.object(kernels, "usable", lambda x: True),
+    ):
+        yield
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -117,6 +118,26 @@ def check_model(checkpointed: bool) -> None:
     assert set(returned) == {torch.Tensor if checkpointed else tuple}
 
 
+def check_first_use_in_a_checkpointed_layer() -> None:
+    """The first layer may be the one that asks whether the kernels run; they are tried by a backward pass."""
+    model = Qwen2Model(
+        Qwen2Config(
+            hidden_size=32,
+            intermediate_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=64,
+        )
+    ).bfloat16()
+    lean.keep_less(model)
+    checkpoint_layers(model)
+    x = torch.randn(1, 5, 32, dtype=torch.bfloat16, requires_grad=True)
+    with mock.patch.object(kernels, "usable", lambda x: not kernels._why_not()):
+        model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
+    assert not kernels._why_not() and x.grad is not None
+
+
 def check_frozen_tower() -> None:
     mlp = SiglipMLP(SiglipVisionConfig(hidden_size=32, intermediate_size=WIDTH)).bfloat16()
     for parameter in mlp.parameters():
@@ -203,6 +224,7 @@ if __name__ == "__main__":
         for added in (True, False):
             check_norm(229, 48, dtype, added)  # 15 tiles: three of a program, and programs without any
             check_norm(3, 2000, dtype, added)
+    check_first_use_in_a_checkpointed_layer()
     kernels.usable = lambda x: x.dtype == torch.bfloat16
     check_frozen_tower()
     for checkpointed in (False, True):

@@ -13,7 +13,7 @@ from pipeline.data.batch import Encoded, Image
 from pipeline.models import pinned
 from pipeline.models.chunks import CachedFeatures, offloaded, pack, plan_chunks, sent
 from pipeline.models.staging import Staging
-from pipeline.training import saving
+from pipeline.training import copies
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -40,6 +40,14 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_other_errors_of_the_gpu_are_raised():
+    def allocate(pins: bool) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        pinned.pinned(allocate)
 
 
 def test_first_refusal_is_a_warning(refused, caplog):
@@ -110,6 +118,6 @@ def test_small_tensors_are_sent_from_pageable_memory(caplog, monkeypatch):
 
 
 def test_checkpoints_are_copied_to_pageable_memory(refused, caplog):
-    assert saving._allocate(9, True).shape == (9,) and refused == ["empty"]
-    assert saving._allocate(9, False).shape == (9,) and refused == ["empty"]
+    assert copies._allocate(9, True).shape == (9,) and refused == ["empty"]
+    assert copies._allocate(9, False).shape == (9,) and refused == ["empty"]
     assert len(warnings(caplog)) == 1

@@ -59,7 +59,7 @@ def attention(recipe: Recipe, place: torch.device, slurm: bool) -> Check:
             break
         if wrong := _tried(each, (of_items, count, size), looks, dtype, place):
             other = "another version, or set model.attention=sdpa" if each in KERNELS else "another torch"
-            return (red if each == kind else yellow)(f"{each}: {wrong}", f"install {other}")
+            return (red if each == heads[0][0] else yellow)(f"{each}: {wrong}", f"install {other}")
         compared += 1
     sizes = "; ".join(f"{each}, heads of {size}" for each, (_, size) in dict.fromkeys(heads))
     return green(f"{sizes}: {compared} of {len(comparisons)} comparisons with float64")
