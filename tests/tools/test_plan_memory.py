@@ -67,12 +67,15 @@ def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
 
 
 def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, int, int]:
-    """Return packed items of equal length (no padding), each with two tiles; and their numbers of tokens and tiles."""
+    """Return packed items, each with two tiles; and their numbers of tokens and tiles.
+
+    One item is shorter by a token, so attention pads, which takes memory, but hardly more than the plan's.
+    """
     size = shape.vision_config.image_size
     side = size // 8
     image = Image(np.zeros((2, 3, size, size), np.uint8), size, size)
     marks = [IMAGE] * (side**2 + side * (side + 1))
-    packed = pack([Encoded(np.array(marks + [7] * n, np.int32), (image,)) for n in (50, 50, 50, 50)])
+    packed = pack([Encoded(np.array(marks + [7] * n, np.int32), (image,)) for n in (50, 49, 50, 50)])
     return packed, sum(packed.lengths), 8
 
 
@@ -101,6 +104,13 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def assert_forward(planned: ChunkMemory, live: LiveBytes, model: Llave, tokens: int, dtype: torch.dtype) -> None:
+    """Compare the peak of a forward pass. On the CPU, unlike in the plan, SwiGLU's result replaces the gate."""
+    replaced = tokens * model.config.text_config.intermediate_size * dtype.itemsize
+    assert planned.forward - replaced < 1.05 * live.peak
+    assert live.peak < 1.05 * planned.forward
+
+
 def measured_saved(model: Llave, packed: Packed, features: torch.Tensor | None) -> int:
     """Return the bytes of the distinct storages that autograd saves, except parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -125,7 +135,7 @@ def test_chunk_memory_matches_plan(name, dtype):
     assert planned.graph == pytest.approx(measured_saved(model, packed, None), rel=0.05)
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
-    assert planned.forward == pytest.approx(live.peak, rel=0.05)
+    assert_forward(planned, live, model, tokens, dtype)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # gradients are counted separately
     with LiveBytes() as live:
@@ -146,7 +156,7 @@ def test_chunk_memory_with_activation_checkpointing_matches_plan(name, dtype):
     )
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
-    assert planned.forward == pytest.approx(live.peak, rel=0.05)
+    assert_forward(planned, live, model, tokens, dtype)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with LiveBytes() as live:
