@@ -427,8 +427,10 @@ def test_long_texts_are_cut_and_images_that_do_not_fit_are_refused(folders):
         short.encode(Item("<image>\nx", (png(90, 90),)))
     with pytest.raises(BadSample, match="one side is more than 200 times the other"):
         whole.encode(Item("<image>\nx", (png(300, 1),)))
-    with pytest.raises(BadSample, match="a video, which this model is not supported with"):
+    with pytest.raises(BadSample, match="a video, which is supported with Qwen3-VL only"):
         QwenVLProcessor.load(folders["qwen2_vl"], 512).encode(Item("<video>\nx", video=b"0"))
+    with pytest.raises(BadSample, match="which stand for parts of images"):
+        whole.encode(Item("a <|image_pad|>"))
     with pytest.raises(BadSample, match="2 <image> marks in the text, 1 images"):
         whole.encode(Item("<image> <image>", (png(8, 8),)))
 
