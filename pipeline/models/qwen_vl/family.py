@@ -13,7 +13,7 @@ from pipeline.data.lengths import Lengths
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.attention import fastest
+from pipeline.models.attention import choose, fastest, head_size
 from pipeline.models.chunks import Features, Frozen
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
@@ -89,9 +89,8 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
         if self.section(recipe).train.vision_tower:
             return None
-        dtype = DTYPES[recipe.precision]
-        config = checks.load_config(path)
-        attention = recipe.model.attention if recipe.model.attention != "auto" else fastest(config, dtype, device)
+        dtype = cast(torch.dtype, DTYPES[recipe.precision])
+        attention = choose(recipe.model.attention, device.type, dtype, head_size(checks.load_config(path)))
         return FrozenQwenTower.load(path, dtype, device, attention, recipe.batch.tower_tiles)
 
     def exported(self, weights: Tensors, frozen: Frozen | None) -> Tensors:
