@@ -102,11 +102,13 @@ class QwenVLProcessor:
         Images are decoded one at a time to save memory, and not at all if the marks are wrong.
         """
         if frames and self.video_token_id is None:
-            raise BadSample("a video, which this model is not supported with; Qwen3-VL is")
+            raise BadSample("a video, which is supported with Qwen3-VL only")
         pieces = _MARK.split(PREFIX.format(self.instruction) + text)
         for mark, name, count in ((IMAGE_MARK, "images", len(images)), (VIDEO_MARK, "videos", int(frames is not None))):
             if (marks := pieces.count(mark)) != count:
                 raise BadSample(f"{marks} {mark} marks in the text, {count} {name}")
+        if IMAGE_PAD in text or VIDEO_PAD in text:
+            raise BadSample(f"a text with {IMAGE_PAD} or {VIDEO_PAD}, which stand for parts of images")
         parts, encoded, pictures = list[str | _Grid](), list[Image](), (decode() for decode in images)
         for piece in pieces:
             if piece == IMAGE_MARK:
