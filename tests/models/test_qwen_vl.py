@@ -423,6 +423,9 @@ def test_long_texts_are_cut_and_images_that_do_not_fit_are_refused(folders):
     suffix = whole.tokenizer(SUFFIX, add_special_tokens=False)["input_ids"]
     assert cut.input_ids.tolist() == [*long.input_ids[: 60 - len(suffix)].tolist(), *suffix]
     assert cut.positions.tolist() == long.positions[:, :60].tolist()
+    ends = "<|vision_end|>" * 60  # a text's own control tokens are cut like other text
+    assert len(short.encode(Item(ends)).input_ids) == 60
+    assert len(short.encode(Item("<image>\n" + ends, (png(24, 24),))).input_ids) == 60
     with pytest.raises(BadSample, match="its images do not fit in max_tokens=60"):
         short.encode(Item("<image>\nx", (png(90, 90),)))
     with pytest.raises(BadSample, match="one side is more than 200 times the other"):
