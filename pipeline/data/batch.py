@@ -24,6 +24,7 @@ _STAND_IN = Pair("", "", "", Item(""), Item(""))
 class Image:
     """An image or a video as tiles (n, 3, size, size) uint8, and its original size; a video has one tile per frame.
 
+    Where tiles are patches, an image has many, a video has them for each two frames, and the size is the resized one.
     blank: it stands for a missing image: its one tile is zeros after normalisation, which no uint8 expresses.
     unrounded: its grid has fewer patches than transformers keeps; see `Tiling.unpadded`.
     """

@@ -26,6 +26,14 @@ CPU = torch.device("cpu")
 LENGTHS = (5, 12, 9)  # of texts
 TOWERLESS = "model.train.vision_tower=false"
 LORA = "model.train.lora={rank: 4, alpha: 8}"
+WINDOWED = (  # Qwen2.5-VL's tower, with windows of two tokens a side
+    "model.architecture.model_type=qwen2_5_vl",
+    "model.architecture.vision={hidden_size: 32, out_hidden_size: 128, intermediate_size: 56, num_heads: 2, depth: 3, "
+    "patch_size: 8, window_size: 32, fullatt_block_indexes: [1]}",
+    "model.architecture.text={hidden_size: 128, intermediate_size: 256, num_hidden_layers: 3, num_attention_heads: 4, "
+    "num_key_value_heads: 2, vocab_size: 512, rope_parameters: {rope_type: default, rope_theta: 1.0e+4, "
+    "mrope_section: [6, 5, 5]}}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +123,14 @@ def test_llave(options, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [(), (TOWERLESS,), (TOWERLESS, "model.train.projector=false"), (TOWERLESS, "model.train.language_model=false")],
-    ids=" ".join,
+    [
+        (),
+        (TOWERLESS,),
+        (TOWERLESS, "model.train.projector=false"),
+        (TOWERLESS, "model.train.language_model=false"),
+        WINDOWED,
+    ],
+    ids=lambda options: " ".join(options)[:60],
 )
 def test_qwen_vl(options, tmp_path):
     recipe = load_recipe("demo_qwen.yaml", list(options))
@@ -124,12 +138,14 @@ def test_qwen_vl(options, tmp_path):
     pictures = [Picture.new("RGB", size) for size in ((48, 32), (90, 20))]
     processor = training_of(recipe).processor(recipe, str(tmp_path))
     items = [processor.encode_parts("<image>\nstar", [lambda each=each: each], None) for each in pictures]
-    items.append(processor.encode_parts("<video> moves", [], lambda: [Picture.new("RGB", (32, 24))] * 3))
+    if recipe.model.architecture.model_type == "qwen3_vl":
+        items.append(processor.encode_parts("<video> moves", [], lambda: [Picture.new("RGB", (32, 24))] * 3))
     items += texts() if recipe.model.train.language_model else []
     text, tokens = model.language_model.config, [len(item.input_ids) for item in items]
-    width = text.num_attention_heads * text.head_dim
+    head = text.hidden_size // text.num_attention_heads
+    width = text.num_attention_heads * head
     causal = 12 * sum(count**2 for count in tokens) / 2 * width * (text.num_hidden_layers - 1)
-    rotary = 3 * text.head_dim * sum(tokens)  # three axes
+    rotary = 3 * head * sum(tokens)  # three axes
     assert counted(model, items, features) == flops(items, 0) + causal + rotary
 
 

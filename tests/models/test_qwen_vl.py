@@ -18,6 +18,7 @@ from PIL import Image as Picture
 from sections import section
 from tokenizers import Tokenizer, processors
 from transformers import (
+    AttentionInterface,
     AutoModel,
     AutoTokenizer,
     BaseVideoProcessor,
@@ -38,10 +39,12 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.data.video import sample_frames
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
+from pipeline.models.attention import KINDS as KINDS_OF_ATTENTION
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import CachedFeatures, embed_chunks, pack, plan_chunks
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.config import QwenVLArchitecture
+from pipeline.models.qwen_vl.folder import save_folder
 from pipeline.models.qwen_vl.model import FrozenQwenTower, QwenVL, TowerlessQwenVL, build
 from pipeline.models.qwen_vl.patches import Patches, positions
 from pipeline.models.qwen_vl.processor import PREFIX, SUFFIX, QwenVLProcessor
@@ -206,6 +209,19 @@ def test_frozen_tower_outside_gives_the_same_embeddings(kind, folders):
         assert sum(seen) == sum(len(image.tiles) for item in encoded for image in item.images)
         assert max(seen) <= max(at_once, largest)
         seen.clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variable_length_kernels_get_the_tower_s_pieces(kind, folders):
+    """With another kernel's name, the tower attends by the function that transformers knows by it."""
+    AttentionInterface.register("packed_other", KINDS_OF_ATTENTION["sdpa"])
+    encoded = [QwenVLProcessor.load(folders[kind], 2048).encode(item) for item in ITEMS]
+    model = QwenVL.load(folders[kind], torch.float32)
+    expected = model(pack(encoded), True)
+    for part in (model.visual, model.language_model):
+        part.config._attn_implementation = "packed_other"
+    assert not model.pads
+    assert_close_in_norm(model(pack(encoded), True), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -407,12 +423,17 @@ def test_long_texts_are_cut_and_images_that_do_not_fit_are_refused(folders):
     suffix = whole.tokenizer(SUFFIX, add_special_tokens=False)["input_ids"]
     assert cut.input_ids.tolist() == [*long.input_ids[: 60 - len(suffix)].tolist(), *suffix]
     assert cut.positions.tolist() == long.positions[:, :60].tolist()
+    ends = "<|vision_end|>" * 60  # a text's own control tokens are cut like other text
+    assert len(short.encode(Item(ends)).input_ids) == 60
+    assert len(short.encode(Item("<image>\n" + ends, (png(24, 24),))).input_ids) == 60
     with pytest.raises(BadSample, match="its images do not fit in max_tokens=60"):
         short.encode(Item("<image>\nx", (png(90, 90),)))
     with pytest.raises(BadSample, match="one side is more than 200 times the other"):
         whole.encode(Item("<image>\nx", (png(300, 1),)))
-    with pytest.raises(BadSample, match="a video, which this model is not supported with"):
+    with pytest.raises(BadSample, match="a video, which is supported with Qwen3-VL only"):
         QwenVLProcessor.load(folders["qwen2_vl"], 512).encode(Item("<video>\nx", video=b"0"))
+    with pytest.raises(BadSample, match="which stand for parts of images"):
+        whole.encode(Item("a <|image_pad|>"))
     with pytest.raises(BadSample, match="2 <image> marks in the text, 1 images"):
         whole.encode(Item("<image> <image>", (png(8, 8),)))
 
@@ -440,6 +461,10 @@ def test_export_keeps_settings_and_loads_in_transformers(kind, folders, tmp_path
     assert_close_in_norm(theirs_embedded(theirs, {"input_ids": ids})[0], expected[0])
     text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"]  # before transformers 5
+    plain = QwenVL.load(folders[kind], torch.float32)
+    save_folder(plain, dict(plain.named_parameters()), folders[kind], tmp_path / "plain")
+    recorded = json.loads((tmp_path / "plain" / "config.json").read_text())["embedding"]
+    assert recorded == {"instruction": checks.INSTRUCTION, "min_pixels": 4 * 8 * 8, "max_pixels": 1800 * 8 * 8}
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace('FOLDER = "."', f"FOLDER = {folder!r}")
     space: dict[str, Any] = {}

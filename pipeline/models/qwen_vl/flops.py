@@ -29,7 +29,9 @@ def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
     full = getattr(config.vision_config, "fullatt_block_indexes", range(len(tower.blocks)))
     seen = per_pair(tower_width(config), len(full), inputs=to_states)
     windowed = per_pair(tower_width(config), len(tower.blocks) - len(full), inputs=to_states)
-    window = (getattr(config.vision_config, "window_size", 0) // config.vision_config.patch_size) ** 2
+    # Patches along a window's side: `get_vision_window_index` rounds twice.
+    window = getattr(config.vision_config, "window_size", 0) // config.vision_config.spatial_merge_size // side
+    window *= config.vision_config.spatial_merge_size
     *layers, last = text.layers
     attention, width = last.self_attn, attention_width(text.config)
     token = per_row(*layers, attention.k_proj, attention.v_proj, inputs=to_inputs)
@@ -39,10 +41,17 @@ def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
     def flops(items: Sequence[Encoded], _: int) -> float:
         tokens = [len(each.input_ids) for each in items]
         grids = [grid_of(image, side) for each in items for image in each.images]
-        cut = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
+        cut = sum(frames * rows * columns for frames, rows, columns in grids)
         pairs = pair * sum(count**2 for count in tokens) / 2 + last_pair * sum(tokens)
-        # Windows at an image's edges are smaller: that is ignored.
-        of_tower = sum(seen * count**2 + windowed * count * min(count, window) for count in cut)
-        return token * sum(tokens) + pairs + item * len(items) + image_token * sum(cut) / merged + of_tower
+        of_tower = sum(
+            frames * (seen * (rows * columns) ** 2 + windowed * _squares(rows, window) * _squares(columns, window))
+            for frames, rows, columns in grids
+        )
+        return token * sum(tokens) + pairs + item * len(items) + image_token * cut / merged + of_tower
 
     return flops
+
+
+def _squares(length: int, window: int) -> int:
+    """Return the sum of the squares of the lengths of the windows along a side."""
+    return length // window * window**2 + (length % window) ** 2 if window else 0

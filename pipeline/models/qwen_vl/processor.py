@@ -102,11 +102,13 @@ class QwenVLProcessor:
         Images are decoded one at a time to save memory, and not at all if the marks are wrong.
         """
         if frames and self.video_token_id is None:
-            raise BadSample("a video, which this model is not supported with; Qwen3-VL is")
+            raise BadSample("a video, which is supported with Qwen3-VL only")
         pieces = _MARK.split(PREFIX.format(self.instruction) + text)
         for mark, name, count in ((IMAGE_MARK, "images", len(images)), (VIDEO_MARK, "videos", int(frames is not None))):
             if (marks := pieces.count(mark)) != count:
                 raise BadSample(f"{marks} {mark} marks in the text, {count} {name}")
+        if IMAGE_PAD in text or VIDEO_PAD in text:
+            raise BadSample(f"a text with {IMAGE_PAD} or {VIDEO_PAD}, which stand for parts of images")
         parts, encoded, pictures = list[str | _Grid](), list[Image](), (decode() for decode in images)
         for piece in pieces:
             if piece == IMAGE_MARK:
@@ -123,7 +125,7 @@ class QwenVLProcessor:
 
     def _joined(self, parts: "Sequence[str | _Grid]", images: tuple[Image, ...]) -> Encoded:
         """Encode texts and images in this order, and the prompt's end. Texts that follow each other are one."""
-        ids, places = list[int](), list[int | tuple[int, int]]()
+        ids, places, end_of_images = list[int](), list[int | tuple[int, int]](), 0
         for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
             for part in ["".join(cast(Iterable[str], group))] if is_text else group:
                 if isinstance(part, str):
@@ -133,11 +135,13 @@ class QwenVLProcessor:
                     tokens = [self._start, *[part.token] * (part.rows * part.columns), self._end]
                     places += [1, (part.rows, part.columns), 1]
                 ids += tokens
+                if not isinstance(part, str):
+                    end_of_images = len(ids)
         places.append(len(self._suffix))
         row, axes = np.array([*ids, *self._suffix], np.int32), positions(places) if images else None
         if len(row) > self.max_tokens:
             kept = max(self.max_tokens - len(self._suffix), 0)
-            if np.isin(row[kept:], [part.token for part in parts if not isinstance(part, str)] + [self._end]).any():
+            if kept < end_of_images:
                 raise BadSample(f"{len(row)} tokens: its images do not fit in max_tokens={self.max_tokens}")
             row = np.array([*row[:kept], *self._suffix], np.int32)
             # The positions of the last tokens, which are text, follow each other.
