@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -40,9 +42,11 @@ from pipeline.data.video import sample_frames
 from pipeline.embedding.embedder import Embedder
 from pipeline.errors import PipelineError
 from pipeline.models.attention import KINDS as KINDS_OF_ATTENTION
+from pipeline.models.attention import head_size
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import CachedFeatures, embed_chunks, pack, plan_chunks
 from pipeline.models.qwen_vl import checks
+from pipeline.models.qwen_vl import family as family_module
 from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.folder import save_folder
 from pipeline.models.qwen_vl.model import FrozenQwenTower, QwenVL, TowerlessQwenVL, build
@@ -225,6 +229,30 @@ def test_variable_length_kernels_get_the_tower_s_pieces(kind, folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_attention_of_each_part_is_chosen_by_its_own_heads(kind, folders, monkeypatch):
+    """The tower's have 16 values, the language model's 12 or 16."""
+    sizes = []
+
+    def chosen(wanted: str, device: str, dtype: torch.dtype, config: Any) -> str:
+        assert (wanted, device, dtype) == ("auto", "cpu", torch.float32)
+        sizes.append(head_size(config))
+        return "varlen"
+
+    monkeypatch.setattr(family_module, "choose", chosen)
+    path = ["model.architecture=null", f"model.path={folders[kind]}"]
+    own, family = 16 if kind == "qwen3_vl" else 12, training("qwen_vl")
+    for trained in (True, False):
+        recipe = load_recipe("demo_qwen.yaml", [*path, f"model.train.vision_tower={trained}"])
+        for model in (family.load(recipe, folders[kind], "sdpa"), family.empty(recipe, folders[kind], "sdpa")):
+            parts = model.language_model, model.visual
+            assert [each.config._attn_implementation for each in parts] == ["packed_sdpa", "packed_varlen"]
+    assert family.frozen(recipe, folders[kind], CPU).visual.config._attn_implementation == "packed_varlen"
+    assert sizes == [16] * 5
+    saved("qwen_vl").open(folders[kind], "fp32", CPU)
+    assert sizes[5:] == [own, 16]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outside", [False, True])
 def test_blank_image_reaches_every_parameter_and_changes_nothing(kind, outside, folders):
     processor = QwenVLProcessor.load(folders[kind], 512)
@@ -395,15 +423,52 @@ def test_videos_match_transformers(frames, rate, count, fps, folders):
 
 
 def test_frames_share_the_tokens_that_a_video_may_have():
-    patches = Patches(16, 2, 4096, 4096 * 450, 4096)
-    for count, tokens in ((1, 768), (8, 768), (16, 384), (64, 96)):
+    patches = Patches(16, 2, 4096, 4096 * 450, 3072)
+    for count, tokens in ((1, 768), (8, 757), (16, 373), (64, 85)):
         tiles, height, width = patches.cut_frames([Picture.new("RGB", (1280, 720))] * count)
         found = height * width // 32**2
-        assert 0.9 * tokens < found <= tokens
+        assert 0.8 * tokens < found <= tokens
         assert len(tiles) == 2 * -(-count // 2) * 4 * found
-        assert found * -(-count // 2) <= patches.video_tokens(count)
-    with pytest.raises(BadSample, match="9000 frames are too many for max_tokens=4096"):
-        patches.cut_frames([Picture.new("RGB", (32, 32))] * 9000)
+        assert (found + 11) * -(-count // 2) <= patches.video_tokens(count) <= 3072
+    assert patches.fits(472) and not patches.fits(474)
+    with pytest.raises(BadSample, match="474 frames are too many for a video's 3072 tokens"):
+        patches.cut_frames([Picture.new("RGB", (32, 32))] * 474)
+
+
+def test_many_frames_fit_beside_their_times_and_the_prompt(tmp_path):
+    """64 frames of 512 tokens cannot: they are refused before a video is decoded."""
+    architecture = QwenVLArchitecture(model_type="qwen3_vl", **ARCHITECTURES["qwen3_vl"])
+    build(architecture, ["Represent the video.", *(f"<{n / 4:.1f} seconds>" for n in range(40))], 0, tmp_path / "timed")
+    processor = QwenVLProcessor.load(str(tmp_path / "timed"), 512, 32)
+    assert len(processor.tokenizer("<12.5 seconds>")["input_ids"]) == 7  # few, as in published tokenizers
+    encoded = processor.encode(Item("<video>\nRepresent the video.", video=mp4(64, 64, 32, 4)))
+    assert 0.5 * 512 < len(encoded.input_ids) <= 512
+    family = training("qwen_vl")
+    for frames, tokens, refused in ((64, 512, True), (8, 512, False), (64, 1024, False), (8, 64, True)):
+        recipe = load_recipe("demo_qwen.yaml", [f"video.frames={frames}", f"model.max_tokens={tokens}"])
+        for videos in (0, 3):
+            shard = SimpleNamespace(videos=videos)
+            source: Any = SimpleNamespace(shards=[(0, shard)], names=["clips"], embedding_metadata=None)
+            match = rf"clips has videos, of which video\.frames={frames} .* model\.max_tokens={tokens}"
+            with pytest.raises(PipelineError, match=match) if refused and videos else nullcontext():
+                family.check_data(recipe, source)
+
+
+def test_exports_embed_videos_as_they_were_trained(folders, tmp_path):
+    recipe = load_recipe("demo_qwen.yaml", ["model.architecture=null", f"model.path={folders['qwen3_vl']}"])
+    family = training("qwen_vl")
+    model = family.load_whole(recipe, folders["qwen3_vl"])
+    family.save(recipe, model, dict(model.named_parameters()), folders["qwen3_vl"], tmp_path / "out")
+    video = mp4(160, 120, 8, 8)
+    trained = family.processor(recipe, folders["qwen3_vl"]).encode(Item("<video>\nx", video=video))
+    for tokens in (512, 4096):
+        read = saved("qwen_vl").reader(str(tmp_path / "out"), tokens, 8).encode(Item("<video>\nx", video=video))
+        assert read.key == trained.key
+    with pytest.raises(BadSample, match="its images do not fit in max_tokens=256"):
+        saved("qwen_vl").reader(str(tmp_path / "out"), 256, 8).encode(Item("<video>\nx", video=video))
+    changes = ["model.architecture=null", f"model.path={tmp_path / 'out'}", "model.max_tokens=2048"]
+    again = load_recipe("demo_qwen.yaml", changes)
+    assert family.lengths(again).tiling.max_video_tokens == 1536
 
 
 def test_positions_of_text_and_images():
@@ -464,7 +529,8 @@ def test_export_keeps_settings_and_loads_in_transformers(kind, folders, tmp_path
     plain = QwenVL.load(folders[kind], torch.float32)
     save_folder(plain, dict(plain.named_parameters()), folders[kind], tmp_path / "plain")
     recorded = json.loads((tmp_path / "plain" / "config.json").read_text())["embedding"]
-    assert recorded == {"instruction": checks.INSTRUCTION, "min_pixels": 4 * 8 * 8, "max_pixels": 1800 * 8 * 8}
+    sizes = {"min_pixels": 4 * 8 * 8, "max_pixels": 1800 * 8 * 8, "max_video_tokens": 3072}
+    assert recorded == {"instruction": checks.INSTRUCTION} | sizes
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace('FOLDER = "."', f"FOLDER = {folder!r}")
     space: dict[str, Any] = {}
