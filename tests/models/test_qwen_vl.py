@@ -121,24 +121,26 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return {kind: str(root / kind) for kind in KINDS}
 
 
-def theirs_of(folder: str, kind: str) -> tuple[Any, Any]:
-    """Return transformers' model and processor, which resizes images to 4 to 1,800 tokens."""
+def theirs_of(folder: str, kind: str, max_pixels: int = 1800 * 8 * 8) -> tuple[Any, Any]:
+    """Return transformers' model and processor, which resizes images to 4 tokens to `max_pixels`."""
     processor, _ = PROCESSORS[kind]
     images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    assert dict(images.size) == {"shortest_edge": 4 * 8 * 8, "longest_edge": 1800 * 8 * 8}
+    assert dict(images.size) == {"shortest_edge": 4 * 8 * 8, "longest_edge": max_pixels}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     videos = object.__new__(BaseVideoProcessor)  # to make a real one needs torchvision
     return AutoModel.from_pretrained(folder).eval(), processor(images, tokenizer, videos)
 
 
-def their_inputs(processor: Any, item: Item, video: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-    """Return the inputs that transformers' processor makes of Qwen3-VL-Embedding's prompt.
+def their_inputs(
+    processor: Any, item: Item, video: dict[str, Any] | None = None, instruction: str = "Represent the user's input."
+) -> dict[str, torch.Tensor]:
+    """Return the inputs that transformers' processor makes of the prompt.
 
     video: its processed video, in place of a NUL.
     """
     text = re.sub(r"<image>\s*", "<|vision_start|><|image_pad|><|vision_end|>", item.text)
     text = text.replace("\0", processor.replace_video_token(video, 0)) if video else text
-    prompt = PREFIX.format("Represent the user's input.") + text + SUFFIX
+    prompt = PREFIX.format(instruction) + text + SUFFIX
     images = [Picture.open(io.BytesIO(each)) for each in item.images]
     return dict(processor(text=[prompt], images=images or None, return_tensors="pt"))
 
@@ -181,15 +183,25 @@ def test_tokens_patches_embeddings_and_gradients_match_transformers(kind, folder
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_as_near_to_float32_as_transformers(kind, folders):
-    encoded = [QwenVLProcessor.load(folders[kind], 2048).encode(item) for item in ITEMS]
-    theirs, processor = theirs_of(folders[kind], kind)
-    theirs.bfloat16()
+    items = [*ITEMS, Item("<image>\n" + "word " * 900, (png(60, 60, 7),))]
+    encoded = [QwenVLProcessor.load(folders[kind], 4096).encode(item) for item in items]
+    assert encoded[-1].positions.max() > 1000  # where rounded frequencies would turn by another angle
+    _, processor = theirs_of(folders[kind], kind)
+    theirs = AutoModel.from_pretrained(folders[kind], dtype=torch.bfloat16).eval()
+    model = QwenVL.load(folders[kind], torch.bfloat16)
+    for each in (model, theirs):
+        frequencies = each.language_model.rotary_emb.inv_freq, each.visual.rotary_pos_emb.inv_freq
+        assert [of.dtype for of in frequencies] == [torch.float32] * 2
     with torch.no_grad():
-        exact, half = (QwenVL.load(folders[kind], d)(pack(encoded), True) for d in (torch.float32, torch.bfloat16))
-        their = torch.cat([theirs_embedded(theirs, their_inputs(processor, item)) for item in ITEMS])
-    off, their_off = (float((each - exact).norm(dim=1).mean()) for each in (half, their))
+        exact, half = (each(pack(encoded), True) for each in (QwenVL.load(folders[kind], torch.float32), model))
+        their = torch.cat([theirs_embedded(theirs, their_inputs(processor, item)) for item in items])
+        for module in (model.language_model.rotary_emb, model.visual.rotary_pos_emb):
+            module.inv_freq = module.inv_freq.bfloat16().float()
+        rounded = model(pack(encoded), True)
+    off, their_off, rounded_off = ((each - exact).norm(dim=1) for each in (half, their, rounded))
     assert half.dtype == torch.float32
-    assert 0 < off < 1.5 * their_off < 0.1
+    assert 0 < off.mean() < 1.5 * their_off.mean() < 0.1
+    assert off[-1] < 0.1 < rounded_off[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -342,9 +354,10 @@ def _stored(folder: Path) -> list[str]:
         return list(file.keys())
 
 
-def test_token_counts_are_known_from_sizes(folders):
-    rng, processor = np.random.default_rng(0), QwenVLProcessor.load(folders["qwen3_vl"], 4096)
-    for _ in range(60):
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_counts_are_known_from_sizes(kind, folders):
+    rng, processor = np.random.default_rng(0), QwenVLProcessor.load(folders[kind], 4096)
+    for _ in range(20):
         width, height = (int(each) for each in np.exp(rng.uniform(0, 6.5, 2)))
         counted = processor.patches.tokens(height, width, anyres=True)
         if max(width, height) > 200 * min(width, height):
@@ -430,6 +443,8 @@ def test_frames_share_the_tokens_that_a_video_may_have():
         assert 0.8 * tokens < found <= tokens
         assert len(tiles) == 2 * -(-count // 2) * 4 * found
         assert (found + 11) * -(-count // 2) <= patches.video_tokens(count) <= 3072
+    _, height, width = patches.cut_frames([Picture.new("RGB", (50, 10_000))] * 64)  # about 85, but at least one across
+    assert (height // 32, width // 32) == (130, 1)
     assert patches.fits(472) and not patches.fits(474)
     with pytest.raises(BadSample, match="474 frames are too many for a video's 3072 tokens"):
         patches.cut_frames([Picture.new("RGB", (32, 32))] * 474)
@@ -521,9 +536,12 @@ def test_export_keeps_settings_and_loads_in_transformers(kind, folders, tmp_path
     items = [reader.encode(item) for item in ITEMS]
     expected = model(pack(items), True)
     assert_close_in_norm(saved("qwen_vl").open(folder, "fp32", CPU)[0](pack(items), True), expected)
-    theirs = AutoModel.from_pretrained(folder)
-    ids = torch.from_numpy(items[0].input_ids).long()[None]
-    assert_close_in_norm(theirs_embedded(theirs, {"input_ids": ids})[0], expected[0])
+    theirs, processor = theirs_of(folder, kind, 4096)
+    assert items[6].images[0].height * items[6].images[0].width <= 4096 < 150 * 132  # a large image is reduced
+    for place in (0, 6):
+        inputs = their_inputs(processor, ITEMS[place], instruction="Find the picture.")
+        assert items[place].input_ids.tolist() == inputs["input_ids"][0].tolist()
+        assert_close_in_norm(theirs_embedded(theirs, inputs)[0], expected[place])
     text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"]  # before transformers 5
     plain = QwenVL.load(folders[kind], torch.float32)
