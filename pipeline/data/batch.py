@@ -22,9 +22,10 @@ _STAND_IN = Pair("", "", "", Item(""), Item(""))
 
 @dataclass(frozen=True)
 class Image:
-    """An image or a video as tiles (n, 3, size, size) uint8, and its original size; a video has one tile per frame.
+    """An image or a video as tiles (n, 3, size, size) uint8, and its height and width in pixels.
 
-    Where tiles are patches, an image has many, a video has them for each two frames, and the size is the resized one.
+    LLaVE's and CLIP's tiles are crops or frames, and the size is the original one. Qwen-VL's tiles are patches: those
+    of two frames alternate, and the size is the one resized to.
     blank: it stands for a missing image: its one tile is zeros after normalisation, which no uint8 expresses.
     unrounded: its grid has fewer patches than transformers keeps; see `Tiling.unpadded`.
     """
@@ -61,7 +62,8 @@ class Encoded:
         """A 64-bit hash of the model's input: equal inputs share it and, in practice, no others."""
         shapes = [self.skipped]
         for image in self.images:
-            # The original size affects the model's input only for images of several tiles.
+            # The original size affects the model's input only for images of several tiles. Of patches, the resized size
+            # says how many are in a row, which a video's positions say.
             sized = not image.video and len(image.tiles) > 1
             size = (image.height, image.width) if sized else (0, 0)
             shapes += [*image.tiles.shape, *size, image.video + 2 * image.blank]

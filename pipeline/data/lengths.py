@@ -18,7 +18,8 @@ _TEXT_BYTES = 4  # approximate UTF-8 bytes per token: 4 English letters, or 1 to
 class ImageTokens(Protocol):
     """Token counts of images and videos, which depend on the model family.
 
-    patch: the side of a patch in pixels.  frame_patches: patches in a frame of a video.
+    patch: the side in pixels of the square that one token covers: a patch, or several that are merged.
+    frame_patches: these squares in a frame of a video, the most if frames differ.
     """
 
     @property

@@ -36,7 +36,7 @@ class Packed:
     input_ids: (T,) int64.  cpu_ids: input_ids in CPU memory.
     position_ids: (T,) int64, or (3, T) if any item has three axes; they restart at each item.
     lengths: tokens of each item, T in total.  images: in the order of their placeholders.
-    tiles_of: number of tiles of each item.  skipped, vectors: per item, see `Encoded`.
+    tiles_of: number of tiles, or patches, of each item.  skipped, vectors: per item, see `Encoded`.
     made: by name, what `tiles` and `text_vectors` return, if it is prepared ahead.
     """
 
@@ -57,7 +57,10 @@ class Packed:
 
     @property
     def tiles(self) -> torch.Tensor:
-        """The tiles of all images: (n, 3, size, size) uint8. Unless they are made, each access makes a new copy."""
+        """The tiles, of some families patches, of all images: (n, 3, size, size) uint8.
+
+        Unless they are made, each access makes a new copy.
+        """
         if "tiles" in self.made:
             return self.made["tiles"]
         if not self.images:

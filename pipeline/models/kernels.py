@@ -167,6 +167,13 @@ def _largest_difference(device: torch.device) -> float:
         a, b = wide[2].chunk(2, dim=-1)
         rotated = wide[2] * cos[:, :, None].float() + torch.cat([-b, a], dim=-1) * sin[:, :, None].float()
         norm = F.rms_norm(wide[3], (48,), wide[4], 1e-6)
+        # A vision tower's angles are in float32, its heads of other sizes.
+        towers = gate.view(1, 67, -1, 72).float().requires_grad_()
+        wide_angle = torch.linspace(-9, 9, 67 * 72, device=device).view(1, 67, 72)
+        wide_cos, wide_sin = wide_angle.cos(), wide_angle.sin()
+        a, b = towers.chunk(2, dim=-1)
+        turned = towers * wide_cos[:, :, None] + torch.cat([-b, a], dim=-1) * wide_sin[:, :, None]
+        (of_towers,) = torch.autograd.grad(turned, towers, gradient.view(towers.shape).float())
         results = product, rotated, norm, wide[3]
         expected = torch.autograd.grad(results, wide, [each.float() for each in (gradient, gradient, of_norm, of_norm)])
     normalised, summed, scale = rms_norm(x, branch, weight, 1e-6)
@@ -176,6 +183,8 @@ def _largest_difference(device: torch.device) -> float:
     # Results of the matmul are as large as a row of `x`.
     matrix, bias = torch.eye(48, device=device, dtype=x.dtype), weight
     found += swiglu(gate, up), rotate(gate, cos, sin, False), normalised, summed, linear_gelu(x, matrix, bias)
+    found += (rotate(gradient.view(towers.shape), wide_cos, wide_sin, True),)
+    found += (rotate(gate.view(towers.shape), wide_cos, wide_sin, False),)
     gelu = F.gelu(x.float() + bias.float(), approximate="tanh")
-    pairs = zip(found, (*expected, product, rotated, norm, total, gelu), strict=True)
+    pairs = zip(found, (*expected, product, rotated, norm, total, gelu, of_towers, turned), strict=True)
     return max(float((mine.float() - right.detach()).abs().max()) for mine, right in pairs)

@@ -38,9 +38,9 @@ def check_swiglu(dtype: torch.dtype) -> None:
         assert_rounded_once(mine, right)
 
 
-def check_rotation(heads: int, size: int, dtype: torch.dtype) -> None:
+def check_rotation(heads: int, size: int, dtype: torch.dtype, of_angles: torch.dtype) -> None:
     x, gradient = torch.randn(2, 1, 9, heads, size).to(dtype)
-    cos, sin = torch.randn(2, 1, 9, size).to(dtype)
+    cos, sin = torch.randn(2, 1, 9, size).to(of_angles)
     wide = x.double().requires_grad_()
     expected = lean.rotated(wide.transpose(1, 2), cos.double(), sin.double()).transpose(1, 2)
     (of_x,) = torch.autograd.grad(expected, wide, gradient.double())
@@ -220,7 +220,8 @@ if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16):
         check_swiglu(dtype)
         for heads, size in ((14, 64), (2, 64), (3, 128), (5, 24)):
-            check_rotation(heads, size, dtype)
+            check_rotation(heads, size, dtype, dtype)
+            check_rotation(heads, size, dtype, torch.float32)  # as a vision tower's
         for added in (True, False):
             check_norm(229, 48, dtype, added)  # 15 tiles: three of a program, and programs without any
             check_norm(3, 2000, dtype, added)

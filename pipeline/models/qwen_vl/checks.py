@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.files import fetched
 from pipeline.models.qwen_vl.config import QwenVLArchitecture, QwenVLSection
-from pipeline.models.qwen_vl.patches import Patches
+from pipeline.models.qwen_vl.patches import Patches, video_limit
 
 Numbers = tuple[float, float, float]
 
@@ -62,19 +62,21 @@ class Settings:
     """How a model embeds an item, in its config.json.
 
     instruction: the system's turn of the prompt.  min_pixels, max_pixels: to which images are resized.
+    max_video_tokens: of a video with its timestamps, which its frames share.
     """
 
     instruction: str
     min_pixels: int
     max_pixels: int
+    max_video_tokens: int
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, path: str) -> "Settings":
-        """Return a config's settings, or the defaults.  path: for errors."""
+    def of(cls, config: PreTrainedConfig, path: str, max_tokens: int = 4096) -> "Settings":
+        """Return a config's settings, or the defaults for items of `max_tokens`, as of a recipe.  path: for errors."""
         area = (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
         stored = getattr(config, SETTINGS, None)
         if stored is None:
-            return cls(INSTRUCTION, MIN_TOKENS * area, MAX_TOKENS * area)
+            return cls(INSTRUCTION, MIN_TOKENS * area, MAX_TOKENS * area, video_limit(max_tokens))
         kinds = {field.name: field.type for field in fields(cls)}
         if not isinstance(stored, dict) or {name: type(value) for name, value in stored.items()} != kinds:
             raise PipelineError(
@@ -107,9 +109,8 @@ def load_config(path: str) -> Any:
 
 def tower_heads(config: Any) -> PreTrainedConfig:
     """Return the vision tower's heads under the names that other models' configs have for them."""
-    vision = config.vision_config
-    width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
-    return PreTrainedConfig.from_dict({"num_attention_heads": vision.num_heads, "hidden_size": width})
+    heads = config.vision_config.num_heads
+    return PreTrainedConfig.from_dict({"num_attention_heads": heads, "hidden_size": tower_width(config)})
 
 
 def config_of_architecture(architecture: QwenVLArchitecture) -> Any:
@@ -134,8 +135,9 @@ def config_of(model: QwenVLSection) -> Any:
     else:
         assert model.architecture
         config = config_of_architecture(model.architecture)
-    settings = Settings.of(config, model.path or "model.architecture")
-    values = {field.name: getattr(model, field.name) or getattr(settings, field.name) for field in fields(Settings)}
+    settings = vars(Settings.of(config, model.path or "model.architecture", model.max_tokens))
+    values = {name: getattr(model, name, None) or value for name, value in settings.items()}
+    values["max_video_tokens"] = video_limit(model.max_tokens)  # of this training, not of one before it
     if values["min_pixels"] > values["max_pixels"]:
         raise PipelineError(
             f"model.min_pixels={values['min_pixels']} is more than model.max_pixels={values['max_pixels']}: set both"
@@ -146,8 +148,9 @@ def config_of(model: QwenVLSection) -> Any:
 
 def patches(config: Any, path: str, max_tokens: int) -> Patches:
     """Return how a model with this config cuts images into patches.  path: for errors.  max_tokens: of an item."""
-    vision, settings = config.vision_config, Settings.of(config, path)
-    return Patches(vision.patch_size, vision.spatial_merge_size, settings.min_pixels, settings.max_pixels, max_tokens)
+    vision, its = config.vision_config, Settings.of(config, path, max_tokens)
+    limits = its.min_pixels, its.max_pixels, its.max_video_tokens
+    return Patches(vision.patch_size, vision.spatial_merge_size, *limits)
 
 
 def reads_videos(config: PreTrainedConfig) -> bool:

@@ -47,10 +47,16 @@ class QwenVLSection(ModelSection):
         "Qwen3-VL-Embedding",
     )
     min_pixels: Annotated[int | None, Fixed()] = Field(
-        None, gt=0, description="images are enlarged to this many pixels; default: the model config's, or else 4 tokens"
+        None,
+        gt=0,
+        description="images are enlarged to this many pixels; default: what an export's config records, or else 4 "
+        "tokens; preprocessor_config.json is not read",
     )
     max_pixels: Annotated[int | None, Fixed()] = Field(
-        None, gt=0, description="images are reduced to this many; default: the model config's, or else 1,800 tokens"
+        None,
+        gt=0,
+        description="images are reduced to this many; default: what an export's config records, or else 1,800 tokens; "
+        "preprocessor_config.json is not read",
     )
     images: Literal["upright", "as_stored"] | None = Field(
         None,

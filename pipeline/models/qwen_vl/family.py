@@ -43,12 +43,18 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
     def check_data(self, recipe: Recipe, source: Source) -> None:
         super().check_data(recipe, source)
         config = checks.config_of(self.section(recipe))
-        if checks.reads_videos(config):
+        number = next((number for number, shard in source.shards if shard.videos), None)
+        if number is None:
             return
-        if (number := next((number for number, shard in source.shards if shard.videos), None)) is not None:
+        if not checks.reads_videos(config):
             raise PipelineError(
                 f"dataset {source.names[number]} has videos, which are not supported with a {config.model_type}, only "
                 "with qwen3_vl: leave it out of data.datasets"
+            )
+        if not checks.patches(config, "model.path", recipe.model.max_tokens).fits(recipe.video.frames):
+            raise PipelineError(
+                f"dataset {source.names[number]} has videos, of which video.frames={recipe.video.frames} frames are "
+                f"too many for model.max_tokens={recipe.model.max_tokens}: lower one or raise the other"
             )
 
     def conditions(self, model: QwenVLSection) -> dict[str, Any]:
@@ -71,12 +77,13 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
         return cast(PreTrainedConfig, checks.config_of(self.section(recipe)))
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        kind = QwenVL if self.section(recipe).train.vision_tower else TowerlessQwenVL
-        return cast(nn.Module, kind.load(path, DTYPES[recipe.precision], self._config(recipe, path), attention))
+        kind, config = self._trained(recipe, path)
+        tower = self._tower_attention(recipe, config)
+        return cast(nn.Module, kind.load(path, DTYPES[recipe.precision], config, attention, tower))
 
     def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
-        kind = QwenVL if self.section(recipe).train.vision_tower else TowerlessQwenVL
-        return kind(kind.config_for(self._config(recipe, path), attention))
+        kind, config = self._trained(recipe, path)
+        return kind(kind.config_for(config, attention, self._tower_attention(recipe, config)))
 
     def own_name(self, stored: str) -> str:
         for pattern, new in QwenVL.renamings:
@@ -93,9 +100,8 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
     def frozen(self, recipe: Recipe, path: str, device: torch.device) -> Frozen | None:
         if self.section(recipe).train.vision_tower:
             return None
-        dtype = DTYPES[recipe.precision]
-        attention = choose(recipe.model.attention, device.type, dtype, checks.tower_heads(checks.load_config(path)))
-        return FrozenQwenTower.load(path, dtype, device, attention, recipe.batch.tower_tiles)
+        attention = self._tower_attention(recipe, checks.load_config(path), device.type)
+        return FrozenQwenTower.load(path, DTYPES[recipe.precision], device, attention, recipe.batch.tower_tiles)
 
     def exported(self, weights: Tensors, frozen: Frozen | None) -> Tensors:
         if frozen is None:
@@ -106,6 +112,22 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         save_folder(cast(QwenVL, model), weights, source, folder, recipe.model.path)
         note_images(folder, source, self.section(recipe).images)
+
+    def _trained(self, recipe: Recipe, path: str) -> tuple[type[QwenVL], Any]:
+        """Return the class of the model that the engine trains, and its config with the recipe's settings."""
+        kind = QwenVL if self.section(recipe).train.vision_tower else TowerlessQwenVL
+        return kind, self._config(recipe, path)
+
+    def _tower_attention(self, recipe: Recipe, config: Any, device: str | None = None) -> str:
+        """Return the tower's kind of attention: its heads may have another size than the language model's.
+
+        device: its type; None is the engine's.
+        """
+        if device is None:
+            from deepspeed.accelerator import get_accelerator  # embedding does not need DeepSpeed
+
+            device = get_accelerator().device_name()
+        return choose(recipe.model.attention, device, DTYPES[recipe.precision], checks.tower_heads(config))
 
     def _config(self, recipe: Recipe, path: str) -> Any:
         """Return the config at `path` with the recipe's settings."""
@@ -127,7 +149,8 @@ class SavedQwenVL(SavedModelInterface):
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         config, dtype = checks.load_config(path), DTYPES[precision]
-        model = QwenVL.load(path, dtype, config, choose("auto", device.type, dtype, config))
+        parts = (choose("auto", device.type, dtype, each) for each in (config, checks.tower_heads(config)))
+        model = QwenVL.load(path, dtype, config, *parts)
         return model.eval().to(device), None
 
 

@@ -73,18 +73,29 @@ class QwenVL(_Parts):
         pack_tower(self.visual)
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype | Literal["auto"], config: Any = None, attention: str = "sdpa") -> Any:
+    def load(
+        cls,
+        path: str,
+        dtype: torch.dtype | Literal["auto"],
+        config: Any = None,
+        attention: str = "sdpa",
+        tower_attention: str = "sdpa",
+    ) -> Any:
         """Load from a folder or hub name; under ZeRO-3 straight into its partitions.
 
         dtype: of the weights; "auto" is the stored one.  config: with a recipe's settings; None is the folder's.
-        attention: see pipeline/models/attention.py.
+        attention, tower_attention: see pipeline/models/attention.py.
         """
-        return loading.open_model(cls, path, cls.config_for(config or checks.load_config(path), attention), dtype, None)
+        config = cls.config_for(config or checks.load_config(path), attention, tower_attention)
+        return loading.open_model(cls, path, config, dtype, None)
 
     @staticmethod
-    def config_for(config: Any, attention: str) -> Any:
+    def config_for(config: Any, attention: str, tower_attention: str) -> Any:
         """Return the config with which `load` builds the model."""
-        config._attn_implementation = dict.fromkeys(("text_config", "vision_config"), implementation(attention))
+        config._attn_implementation = {
+            "text_config": implementation(attention),
+            "vision_config": implementation(tower_attention),
+        }
         return config
 
     @property
@@ -179,7 +190,7 @@ class FrozenQwenTower(_Parts):
         attention: str = "sdpa",
         tiles_at_once: int = 64,
     ) -> "FrozenQwenTower":
-        config = QwenVL.config_for(checks.load_config(path), attention)
+        config = QwenVL.config_for(checks.load_config(path), "sdpa", attention)
         tower = loading.open_model(cls, path, config, dtype, None)
         tower.patches_at_once = tiles_at_once * _TILE
         return tower.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # its decorator hides self

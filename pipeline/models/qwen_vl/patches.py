@@ -18,7 +18,8 @@ _LONGEST = 200  # the largest aspect ratio, as in transformers
 # Tokens of a pair of frames, and of all: the limits of Qwen3-VL-Embedding (FRAME_MAX_PIXELS, MAX_TOTAL_PIXELS) and of
 # qwen-vl-utils (VIDEO_MIN_TOKEN_NUM).
 _LEAST, _MOST, _ALL = 128, 768, 7680
-_STAMP = 11  # about the tokens of a pair's timestamp, with the marks before and after its patches
+_STAMP = 11  # the tokens of a pair's timestamp, with the marks before and after its patches; about, of other tokenizers
+_PROMPT = 64  # tokens that a video leaves at least to the prompt
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Patches:
     """How images become patches: near their own size and aspect ratio.
 
     side: pixels of a patch's side.  merge: merge² patches are one token of the language model.
-    min_pixels, max_pixels: limits of the resized image.  max_tokens: of the item; a video takes three quarters at most.
+    min_pixels, max_pixels: limits of the resized image.  max_video_tokens: of a video with its timestamps.
     """
 
     side: int
     merge: int
     min_pixels: int
     max_pixels: int
-    max_tokens: int = 1 << 20
+    max_video_tokens: int = 1 << 20
 
     @property
     def patch(self) -> float:
@@ -42,7 +43,7 @@ class Patches:
 
     @property
     def frame_patches(self) -> int:
-        """The most tokens of a frame."""
+        """The most tokens of a frame; about, as in `video_tokens`."""
         return self._frame_limits(2)[1]
 
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
@@ -56,8 +57,15 @@ class Patches:
         return rows * columns // self.merge**2 + 2
 
     def video_tokens(self, frames: int) -> int:
-        """Return the most tokens of a video of so many frames. The index does not tell how large its frames are."""
+        """Return about the most tokens of a video of so many frames. The index does not tell how large they are.
+
+        A frame much longer than wide may have more: it has at least one token across, and keeps its aspect ratio.
+        """
         return math.ceil(frames / 2) * (self._frame_limits(frames)[1] + _STAMP)
+
+    def fits(self, frames: int) -> bool:
+        """Whether so many frames of a video have two tokens or more, the least that can be resized to."""
+        return self._frame_limits(frames)[1] >= 2
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches of an image of this size; BadSample if it is too long."""
@@ -79,8 +87,8 @@ class Patches:
         """
         first, area = frames[0], int(self.patch) ** 2
         least, most = self._frame_limits(len(frames))
-        if most < 2:
-            raise BadSample(f"{len(frames)} frames are too many for max_tokens={self.max_tokens}")
+        if not self.fits(len(frames)):
+            raise BadSample(f"{len(frames)} frames are too many for a video's {self.max_video_tokens} tokens")
         rows, columns = self._grid(first.height, first.width, least * area, most * area)
         cut = [self._cut(frame, rows, columns) for frame in frames]
         cut += cut[-1:] * (len(cut) % 2)
@@ -91,7 +99,8 @@ class Patches:
 
     def _frame_limits(self, frames: int) -> tuple[int, int]:
         """Return the least and the most tokens of each two of a video's frames."""
-        most = min(_MOST, min(_ALL, self.max_tokens * 3 // 4) // math.ceil(frames / 2))
+        pairs = math.ceil(frames / 2)
+        most = max(min(_MOST, _ALL // pairs, self.max_video_tokens // pairs - _STAMP), 0)
         return min(_LEAST, most // 2), most
 
     def _grid(self, height: int, width: int, least: int, most: int) -> tuple[int, int]:
@@ -111,6 +120,11 @@ class Patches:
     @staticmethod
     def _possible(height: int, width: int) -> bool:
         return max(height, width) <= _LONGEST * min(height, width)
+
+
+def video_limit(max_tokens: int) -> int:
+    """Return the most tokens of a video in an item of `max_tokens`: three quarters, and few enough for the prompt."""
+    return max(min(max_tokens * 3 // 4, max_tokens - _PROMPT), 0)
 
 
 def positions(tokens: list[int | tuple[int, int]]) -> np.ndarray:

@@ -75,7 +75,7 @@ class QwenVLProcessor:
             checks.patches(config, path, max_tokens),
             config.image_token_id,
             config.video_token_id if checks.reads_videos(config) else None,
-            checks.Settings.of(config, path).instruction,
+            checks.Settings.of(config, path, max_tokens).instruction,
             max_tokens,
             video_frames,
             reads_as_stored(path, images),
