@@ -185,7 +185,7 @@ def test_tokens_patches_embeddings_and_gradients_match_transformers(kind, folder
 def test_half_precision_is_as_near_to_float32_as_transformers(kind, folders):
     items = [*ITEMS, Item("<image>\n" + "word " * 900, (png(60, 60, 7),))]
     encoded = [QwenVLProcessor.load(folders[kind], 4096).encode(item) for item in items]
-    assert encoded[-1].positions.max() > 1000  # where rounded frequencies would turn by another angle
+    assert encoded[-1].positions.max() > 1000  # bf16 has no such numbers one by one
     _, processor = theirs_of(folders[kind], kind)
     theirs = AutoModel.from_pretrained(folders[kind], dtype=torch.bfloat16).eval()
     model = QwenVL.load(folders[kind], torch.bfloat16)
@@ -195,13 +195,9 @@ def test_half_precision_is_as_near_to_float32_as_transformers(kind, folders):
     with torch.no_grad():
         exact, half = (each(pack(encoded), True) for each in (QwenVL.load(folders[kind], torch.float32), model))
         their = torch.cat([theirs_embedded(theirs, their_inputs(processor, item)) for item in items])
-        for module in (model.language_model.rotary_emb, model.visual.rotary_pos_emb):
-            module.inv_freq = module.inv_freq.bfloat16().float()
-        rounded = model(pack(encoded), True)
-    off, their_off, rounded_off = ((each - exact).norm(dim=1) for each in (half, their, rounded))
+    off, their_off = ((each - exact).norm(dim=1) for each in (half, their))
     assert half.dtype == torch.float32
     assert 0 < off.mean() < 1.5 * their_off.mean() < 0.1
-    assert off[-1] < 0.1 < rounded_off[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -467,6 +463,9 @@ def test_many_frames_fit_beside_their_times_and_the_prompt(tmp_path):
             match = rf"clips has videos, of which video\.frames={frames} .* model\.max_tokens={tokens}"
             with pytest.raises(PipelineError, match=match) if refused and videos else nullcontext():
                 family.check_data(recipe, source)
+    recipe = load_recipe("demo_qwen.yaml", ["data.scaled_jpeg=true"])
+    with pytest.raises(PipelineError, match=r"data\.scaled_jpeg would change an image's number of tokens"):
+        family.check_data(recipe, source)
 
 
 def test_exports_embed_videos_as_they_were_trained(folders, tmp_path):

@@ -42,6 +42,10 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
 
     def check_data(self, recipe: Recipe, source: Source) -> None:
         super().check_data(recipe, source)
+        if recipe.data.scaled_jpeg:
+            raise PipelineError(
+                "data.scaled_jpeg would change an image's number of tokens in a Qwen-VL: set it to false"
+            )
         config = checks.config_of(self.section(recipe))
         number = next((number for number, shard in source.shards if shard.videos), None)
         if number is None:
