@@ -25,8 +25,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
-def found(precision: str = "fp32") -> tuple[str, str]:
-    result = attention(load_recipe(DEMO, [f"precision={precision}"]), CPU, slurm=True)
+def found(precision: str = "fp32", recipe: str = DEMO) -> tuple[str, str]:
+    result = attention(load_recipe(recipe, [f"precision={precision}"]), CPU, slurm=True)
     return result.state, result.found
 
 
@@ -130,6 +130,12 @@ def test_wrong_sdpa_is_a_warning_where_texts_use_another_kernel(monkeypatch):
     assert found()[0] == "yellow"
     monkeypatch.setitem(KINDS, "varlen", with_nan)
     assert found()[0] == "red"
+
+
+def test_wrong_sdpa_is_red_for_a_model_of_towers_alone(monkeypatch):
+    monkeypatch.setattr(checked, "choose", lambda *_: "varlen")  # for texts, of which this model has no kernel
+    monkeypatch.setitem(KINDS, "sdpa", with_nan)
+    assert found(recipe="demo_clip.yaml")[0] == "red"
 
 
 @pytest.mark.parametrize(
