@@ -3,17 +3,14 @@
 The modules are transformers' own with a changed class, so weights, their names and hooks stay the same.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import Qwen2Model
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from pipeline.models.attention import Segments
-from pipeline.models.lean import LeanDecoderLayer, SharingLinear, State, rotated, shared
-
-Angles = tuple[Tensor, Tensor]  # cosines and sines of the positions, (1, T, d)
+from pipeline.models.lean import LeanDecoderLayer, SharingLinear, State
+from pipeline.models.packed_attention import Angles, PackedAttention, PoolingAttention
 
 
 def pool_in_last_layer(model: Qwen2Model) -> None:
@@ -24,42 +21,11 @@ def pool_in_last_layer(model: Qwen2Model) -> None:
     is one that `keep_less` has changed.
     """
     for layer in model.layers:
-        attention = cast(Qwen2Attention, layer.self_attn)
+        attention = cast(Any, layer.self_attn)
         attention.__class__ = PackedAttention
         attention.q_proj.__class__ = attention.k_proj.__class__ = SharingLinear
     last = model.layers[-1]
     last.__class__, last.self_attn.__class__ = PoolingLayer, PoolingAttention
-
-
-class PackedAttention(Qwen2Attention):
-    """Attention without a cache or a mask."""
-
-    def forward(  # type: ignore[override]  # the model passes segments
-        self, hidden_states: Tensor, position_embeddings: Angles, *, segments: Segments, **others: object
-    ) -> tuple[Tensor, None]:
-        return self.attend(hidden_states, hidden_states, position_embeddings, position_embeddings, segments), None
-
-    def attend(
-        self, queried: Tensor, hidden_states: Tensor, queried_angles: Angles, angles: Angles, segments: Segments
-    ) -> Tensor:
-        """Map (1, Q, hidden), which attend to (1, T, hidden), to (1, Q, hidden).  segments: of the T tokens."""
-
-        def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        query, same = shared(self.q_proj, queried)
-        key, hidden_states = shared(self.k_proj, same if queried is hidden_states else hidden_states)
-        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            self,
-            rotated(heads(query), *queried_angles),
-            rotated(heads(key), *angles),
-            heads(self.v_proj(hidden_states)),
-            None,
-            segments=segments,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-        )
-        return self.o_proj(attended.flatten(2))
 
 
 class PoolingLayer(LeanDecoderLayer):
@@ -70,14 +36,3 @@ class PoolingLayer(LeanDecoderLayer):
     ) -> tuple[Tensor, Tensor]:
         normalised, residual = self.input_layernorm(hidden_states)
         return residual[:, segments.last], self.self_attn(normalised, position_embeddings, segments)
-
-
-class PoolingAttention(PackedAttention):
-    def forward(  # type: ignore[override]  # only PoolingLayer calls it
-        self, hidden_states: Tensor, position_embeddings: Angles, segments: Segments
-    ) -> Tensor:
-        """Map (1, T, hidden) of N packed items to (1, N, hidden): each item's last token attends to the whole item."""
-        cos, sin = position_embeddings
-        last = segments.last
-        queried = hidden_states[:, last], hidden_states, (cos[:, last], sin[:, last]), (cos, sin)
-        return self.attend(*queried, segments.asked_by_last())

@@ -8,12 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.models.attention import Segments
-from pipeline.models.lean import rotated
-
-Angles = tuple[Tensor, Tensor]  # cosines and sines of the positions, (1, T, d)
+from pipeline.models.packed_attention import Angles, PackedAttention, PoolingAttention
 
 
 def pack_decoder(model: Any) -> None:
@@ -43,44 +40,6 @@ def pooled_states(
     return model.norm(hidden)[0]
 
 
-class PackedAttention(nn.Module):
-    """Attention without a cache or a mask; queries and keys may have norms."""
-
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    head_dim: int
-    scaling: float
-    config: Any
-
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: Angles, *, segments: Segments, **others: object
-    ) -> tuple[Tensor, None]:
-        return self.attend(hidden_states, hidden_states, position_embeddings, position_embeddings, segments), None
-
-    def attend(
-        self, queried: Tensor, hidden_states: Tensor, queried_angles: Angles, angles: Angles, segments: Segments
-    ) -> Tensor:
-        """Map (1, Q, hidden), which attend to (1, T, hidden), to (1, Q, hidden).  segments: of the T tokens."""
-
-        def heads(projected: Tensor, norm: str = "") -> Tensor:
-            each = projected.unflatten(-1, (-1, self.head_dim))
-            return (getattr(self, norm)(each) if hasattr(self, norm) else each).transpose(1, 2)
-
-        attended, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            self,
-            rotated(heads(self.q_proj(queried), "q_norm"), *queried_angles),
-            rotated(heads(self.k_proj(hidden_states), "k_norm"), *angles),
-            heads(self.v_proj(hidden_states)),
-            None,
-            segments=segments,
-            scaling=self.scaling,
-            sliding_window=getattr(self, "sliding_window", None),
-        )
-        return self.o_proj(attended.flatten(2))
-
-
 class PoolingLayer(GradientCheckpointingLayer):
     """Maps (1, T, hidden) of N packed items to (1, N, hidden), their last tokens."""
 
@@ -93,14 +52,3 @@ class PoolingLayer(GradientCheckpointingLayer):
         attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, segments)
         hidden_states = hidden_states[:, segments.last] + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class PoolingAttention(PackedAttention):
-    def forward(  # type: ignore[override]  # only PoolingLayer calls it
-        self, hidden_states: Tensor, position_embeddings: Angles, segments: Segments
-    ) -> Tensor:
-        """Map (1, T, hidden) of N packed items to (1, N, hidden): each item's last token attends to the whole item."""
-        cos, sin = position_embeddings
-        last = segments.last
-        queried = hidden_states[:, last], hidden_states, (cos[:, last], sin[:, last]), (cos, sin)
-        return self.attend(*queried, segments.asked_by_last())
