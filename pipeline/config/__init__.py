@@ -7,6 +7,8 @@ values that cannot work together are errors that name the field, before anything
 What a model or an objective needs of a recipe is declared in its own folder: see `ModelSection` and `ObjectiveSection`.
 """
 
+from pipeline.config.data import Data as Data
+from pipeline.config.data import Part as Part
 from pipeline.config.encoding import Encoding as Encoding
 from pipeline.config.encoding import EvaluatedVideo as EvaluatedVideo
 from pipeline.config.encoding import EvaluationRun as EvaluationRun
@@ -19,13 +21,11 @@ from pipeline.config.load import parse_options as parse_options
 from pipeline.config.load import recipe_of_run as recipe_of_run
 from pipeline.config.mining import MiningRun as MiningRun
 from pipeline.config.recipe import Batch as Batch
-from pipeline.config.recipe import Data as Data
 from pipeline.config.recipe import LanguageModelTrain as LanguageModelTrain
 from pipeline.config.recipe import Lora as Lora
 from pipeline.config.recipe import ModelSection as ModelSection
 from pipeline.config.recipe import ObjectiveSection as ObjectiveSection
 from pipeline.config.recipe import Optimizer as Optimizer
-from pipeline.config.recipe import Part as Part
 from pipeline.config.recipe import Prefixes as Prefixes
 from pipeline.config.recipe import Recipe as Recipe
 from pipeline.config.recipe import TrainSection as TrainSection

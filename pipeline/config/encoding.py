@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from pipeline.config.recipe import Store, Video
+from pipeline.config.data import Store, Video
 from pipeline.config.section import Local, Place
 
 
