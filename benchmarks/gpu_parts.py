@@ -6,7 +6,8 @@
     0.5b, 2b    a training step beside the published recipe, as in gpu_step.py; its memory beside tools/plan_memory.py
     loss        the loss of 32,768 pairs, as in loss.py
     encode      embedding, without training
-    demo        the demo's first steps in bf16 on the GPU beside fp32 on the CPU
+    demo        the demo's first steps in bf16 on the GPU beside fp32 on the CPU, and the second half of them again,
+                from a checkpoint that was copied and written while steps went on
 
 With --dry-run all parts but 2b run on the CPU with tiny shapes; their figures are meaningless. A part that fails says
 so in its section, and the others follow; the exit status is then 3.
@@ -15,6 +16,7 @@ so in its section, and the others follow; the exit status is then 3.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -54,6 +56,7 @@ from pipeline.errors import PipelineError
 from pipeline.models.attention import KERNELS, choose, implementation
 from pipeline.models.chunks import chunk_tokens_for, embed_chunks, plan_chunks
 from pipeline.models.llave.model import FrozenTower, TowerlessLlave
+from pipeline.training import checkpoint
 from pipeline.training.memory import Plan
 from pipeline.training.preemption import Preemption
 from pipeline.training.speed import peak_tflops
@@ -202,16 +205,17 @@ class Demo:
 
     def options(self) -> list[str]:
         small = ["batch.global_batch=8", "data.lanes=2", "batch.chunk_tokens=500"] if self.dry else []
-        fields = ["data.workers=0", "checkpoint.every=1000000", "evaluation=null", "deepspeed=ds_configs/zero1.json"]
+        fields = ["data.workers=0", "evaluation=null", "deepspeed=ds_configs/zero1.json"]
+        fields += [f"checkpoint.every={self.steps // 2}"]
         fields += [f"run={self.folder}", f"data.url={self.data}", f"steps={self.steps}", f"precision={self.precision}"]
         fields += [f"data.datasets=[{', '.join(DEMO_DATASETS[: 1 if self.dry else None])}]", "data.block_samples=8"]
         return fields + small
 
 
 def losses(demo: Demo) -> list[float]:
-    """Train, and return the loss of each step."""
+    """Train, from the newest checkpoint if there is one, and return the loss of each step."""
     trainer = Trainer(load_recipe("demo.yaml", demo.options()), Preemption())
-    trainer.check(resumes=False)
+    trainer.check(resumes=True)
     trainer.build()
     trainer.train()
     return [json.loads(line)["loss"] for line in (demo.folder / "metrics.jsonl").read_text().splitlines()]
@@ -228,13 +232,26 @@ def demo(dry: bool) -> str:
             with on_cpu() if place == "CPU" else nullcontext():
                 run = Demo(dry, precision, folder / precision, folder / "data", steps)
                 found[precision] = fresh(losses, run)
+                if place == "GPU":
+                    back_to_half(run)
+                    found["resumed"] = fresh(losses, run)
     if None in found.values():
         raise PipelineError("out of memory")
-    columns = ("step", "bf16, GPU", "fp32, CPU", "difference")
-    chosen = [number for number in (1, 10, 20, 30, 40) if number <= steps]
-    rows = [[n, *(f"{found[p][n - 1]:.3f}" for p in found), f"{found['bf16'][n - 1] - found['fp32'][n - 1]:+.3f}"]
-            for n in chosen]  # fmt: skip
+    columns = ("step", "bf16, GPU", "fp32, CPU", "difference", "resumed, GPU", "difference")
+    rows = []
+    for number in (each for each in (1, 2, 10, 20, 21, 30, 40) if each <= steps):
+        gpu, cpu, resumed = (found[name][number - 1] for name in ("bf16", "fp32", "resumed"))
+        row = [number, f"{gpu:.3f}", f"{cpu:.3f}", f"{gpu - cpu:+.3f}"]
+        rows.append(row + ([f"{resumed:.3f}", f"{resumed - gpu:+.1e}"] if number > steps // 2 else ["", ""]))
     return section("The demo's loss", columns, rows)
+
+
+def back_to_half(demo: Demo) -> None:
+    """Make a run that ended look as if it had been killed just after its first checkpoint."""
+    *later, first = checkpoint.candidates(demo.folder / "checkpoints")
+    checkpoint.point(first)
+    for each in later:
+        shutil.rmtree(each)
 
 
 @contextmanager

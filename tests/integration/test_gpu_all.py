@@ -26,6 +26,8 @@ def test_every_part_runs(tmp_path):
         "### The demo's loss",
     ]
     assert "figures are meaningless" in titles[0] and "flash_attn: it is not installed" in out.read_text()
+    resumed = [line.split("|")[-2].strip() for line in out.read_text().splitlines() if line.startswith("| 2 |")]
+    assert resumed and abs(float(resumed[-1])) < 0.01, "the step after a resumed checkpoint has another loss"
 
 
 def test_part_that_fails_is_named_and_the_others_follow(tmp_path):
