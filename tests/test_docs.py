@@ -160,7 +160,8 @@ def test_blocks_of_page_run(document, tmp_path):
 
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     shortened = [(language, re.sub(r"\bsteps=\d+", "steps=4", text)) for language, text in blocks(document)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
     ended = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(shortened),
