@@ -55,6 +55,7 @@ def site(tmp_path_factory) -> dict[str, Links]:
     return pages | {name: Links("") for name in files.keys() - pages.keys()}
 
 
+@pytest.mark.slow
 def test_links_and_anchors_of_the_site_lead_somewhere(site):
     dead = []
     for name, found in site.items():
@@ -69,6 +70,7 @@ def test_links_and_anchors_of_the_site_lead_somewhere(site):
     assert not dead
 
 
+@pytest.mark.slow
 def test_site_loads_nothing_from_the_network(site):
     assert {
         link for found in site.values() for link in found.loaded if urlsplit(link).scheme not in ("", "data")
