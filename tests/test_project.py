@@ -88,7 +88,7 @@ def test_paths_in_documents_exist():
     """Check paths inside the repository, in inline code and in commands."""
     place = re.compile(r"(?<![\w/.:-])(?:pipeline|tools|slurm|tests|benchmarks|ds_configs|docs)/[\w./-]*\w")
     made = {"slurm/site.env"}
-    for document in DOCUMENTS:
+    for document in {*DOCUMENTS} - {"docs/comparison.md"}:  # it names files of other projects
         for name in {*place.findall((ROOT / document).read_text())} - made:
             assert (ROOT / name).exists(), f"{document} names {name}"
 
