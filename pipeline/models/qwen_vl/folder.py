@@ -10,7 +10,8 @@ from pipeline.models.files import fetched
 from pipeline.models.folder import finish, write_card
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.model import QwenVL
-from pipeline.models.qwen_vl.processor import PREFIX, SUFFIX, image_processor
+from pipeline.models.qwen_vl.processor import image_processor
+from pipeline.models.qwen_vl.prompts import PROMPTS
 
 # Files that transformers' own processor reads besides tokenizer and image processor.
 _OTHERS = ("video_preprocessor_config.json", "chat_template.json", "chat_template.jinja")
@@ -33,6 +34,7 @@ def save_folder(
         if (files / name).is_file():
             shutil.copyfile(files / name, folder / name)
     card = Path(__file__).with_name("card.md.jinja")
-    prefix, suffix = repr(PREFIX.format(settings.instruction)), repr(SUFFIX)
-    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix)
+    prompt = PROMPTS[settings.prompt]
+    prefix, suffix = repr(prompt.prefix.format(settings.instruction)), repr(prompt.suffix)
+    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix, marked=prompt.marked)
     finish(folder, {"architectures": [whole], checks.SETTINGS: vars(settings)})
