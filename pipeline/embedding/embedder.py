@@ -108,7 +108,8 @@ class Embedder:
         An item is a text, a picture, the `Path` of an image or video file (recognised by its content), or a dict of
         `Parts`. `<image>` and `<video>` mark the places of images and video in a text; without marks they come first.
         Images or a video without a text get MMEB's instruction, "Represent the given image.", if the model was trained
-        with instructions. LLM2CLIP and CLIP were not; for them an item is either a text or pictures.
+        with instructions in texts. Qwen3-VL-Embedding, GME and others not trained with this project stay with images
+        alone. LLM2CLIP and CLIP were trained without; for them an item is either a text or pictures.
 
         Raises `PipelineError` with the item's number, from 0, if the item cannot be used or its vector is not a unit
         vector (for example, with NaN in the weights), and for a size that is not from 1 to the model's dimension. In a
@@ -164,7 +165,9 @@ class Embedder:
             images = [partial(_picture, image, self.processor.as_stored) for image in item.images]
             frames = None if item.video is None else partial(self._frames, item.video)
             # White space around a text is left to the processor: a template may keep what is before it.
-            text = item.marked_text() if self.instructed else item.text if item.text.strip() else ""
+            text = item.text if item.text.strip() else ""
+            if self.instructed:
+                text = item.marked_text(bare=getattr(self.processor, "bare_images", False))
             return self.processor.encode_parts(text, images, frames)
         except BadSample as reason:
             raise PipelineError(f"item {number}: {reason}") from None
@@ -190,15 +193,15 @@ class _Item:
     images: tuple[Path | Picture, ...] = ()
     video: Path | tuple[Picture, ...] | None = None
 
-    def marked_text(self) -> str:
-        """Return the text, or an instruction if there is none, with marks added if it has none."""
-        text = self.text
-        if not text.strip():
+    def marked_text(self, *, bare: bool = False) -> str:
+        """Return the text with marks added if it has none; without a text an instruction, or if `bare` only marks."""
+        text = self.text if self.text.strip() else ""
+        if not text and not bare:
             given = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
             text = f"Represent the given {' and '.join(given)}."
         marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
         marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
-        return "\n".join([*marks, text])
+        return "\n".join([*marks, text] if text else marks)
 
 
 def _checked(number: int, given: Any) -> Path | _Item:

@@ -90,6 +90,11 @@ class Settings:
         )
 
 
+def was_trained(config: PreTrainedConfig) -> bool:
+    """Whether a config has the settings of a training with this project. A published model's has at most its prompt."""
+    return "instruction" in (getattr(config, SETTINGS, None) or {})
+
+
 def version(config: PreTrainedConfig) -> Version:
     return VERSIONS[config.model_type]
 

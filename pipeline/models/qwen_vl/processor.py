@@ -39,7 +39,8 @@ class QwenVLProcessor:
     """Encodes items as token ids, patches and positions; samples `video_frames` frames of a video.
 
     video_token_id: None if videos are not supported.  instruction: the system's turn, "" if the prompt has none.
-    as_stored: see `rgb`.
+    as_stored: see `rgb`.  bare_images: whether an image or video without a text stays without one in `Embedder`, as in
+    the code of published models. Models trained with this project learned from instructions in the texts.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class QwenVLProcessor:
     as_stored: bool = False
     video_fps: float | None = None  # see sample_frames
     prompt: Prompt = PROMPTS[CHAT]
+    bare_images: bool = False
 
     @classmethod
     def load(
@@ -84,22 +86,28 @@ class QwenVLProcessor:
             reads_as_stored(path, images),
             video_fps,
             prompt,
+            prompt.instruction is not None and not checks.was_trained(config),
         )
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item, with a placeholder for each token of an image. Too long a text is cut at its end.
 
-        Rows of MMEB may have a mark without an image, or one image without a mark. They are `mended`.
+        Rows of MMEB may have a mark without an image, or one image without a mark. They are `mended`. An item's own
+        instruction replaces the processor's.
 
         Raises BadSample if an image or video cannot be decoded, is not supported, or does not fit in `max_tokens`, or
         if the numbers of marks and images or videos differ otherwise.
         """
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
         frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
-        return self.encode_parts(mended(item.text, len(images)), images, frames)
+        return self.encode_parts(mended(item.text, len(images)), images, frames, item.instruction)
 
     def encode_parts(
-        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
+        self,
+        text: str,
+        images: Sequence[Callable[[], Picture]],
+        frames: Callable[[], Sequence[Picture]] | None,
+        instruction: str = "",
     ) -> Encoded:
         """Encode a text with a mark for each of its RGB images and for its RGB frames. Raises BadSample as `encode`.
 
@@ -108,7 +116,9 @@ class QwenVLProcessor:
         if frames and self.video_token_id is None:
             raise BadSample("a video, which is supported with Qwen3-VL only")
         marks_in = _MARK_AND_SPACE if self.prompt.marked else _MARK
-        pieces = marks_in.split(self.prompt.prefix.format(self.instruction) + text)
+        if instruction and self.prompt.instruction is None:
+            raise BadSample("an instruction apart from the text, for which the prompt has no turn")
+        pieces = marks_in.split(self.prompt.prefix.format(instruction or self.instruction) + text)
         for mark, name, count in ((IMAGE_MARK, "images", len(images)), (VIDEO_MARK, "videos", int(frames is not None))):
             if (marks := pieces.count(mark)) != count:
                 raise BadSample(f"{marks} {mark} marks in the text, {count} {name}")
