@@ -14,11 +14,12 @@ from published_qwen import IDS, QWEN2_VL, dump, picture, write_adapters, write_g
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from pipeline.config import load_recipe
+from pipeline.config import EvaluationRun, load_recipe
 from pipeline.data.batch import Encoded
 from pipeline.data.sample import BadSample, Item
-from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.embedder import Embedder, Parts
 from pipeline.errors import PipelineError
+from pipeline.evaluation.encoders import load_encoder
 from pipeline.models.chunks import pack
 from pipeline.models.loading import config_dict
 from pipeline.models.qwen_vl import checks
@@ -36,7 +37,7 @@ def rows_of(name: str) -> list[tuple[Item, list[int], torch.Tensor]]:
     found = []
     for row in json.loads((REFERENCE / f"{name}.json").read_text()):
         item = Item(
-            row["text"], tuple(picture(*size) for size in row["images"]), instruction=row.get("instruction", "")
+            row["text"], tuple(picture(*size) for size in row.get("images", ())), instruction=row.get("instruction", "")
         )
         ids: list[int] = []
         for part in row["ids"]:
@@ -76,8 +77,11 @@ def test_gme_embeds_as_its_own_code(gme, tmp_path):
     alone = next((item, row) for item, _, row in rows if item.text == "<image>")
     image = tmp_path / "image.png"
     image.write_bytes(alone[0].images[0])
-    found = Embedder.load(gme, "cpu", "fp32").embed([image, Picture.open(image), rows[0][0].text])
-    torch.testing.assert_close(found, torch.stack([alone[1], alone[1], rows[0][2]]), rtol=0, atol=1e-5)
+    embedder, (asked, _, asked_row) = Embedder.load(gme, "cpu", "fp32"), rows[1]
+    query: Parts = {"text": asked.text, "instruction": asked.instruction}
+    found = embedder.embed([image, Picture.open(image), rows[0][0].text, query])
+    torch.testing.assert_close(found, torch.stack([alone[1], alone[1], rows[0][2], asked_row]), rtol=0, atol=1e-5)
+    assert load_encoder(str(gme), EvaluationRun(), CPU).system_turn
 
 
 def test_vlm2vec_embeds_as_its_own_code(vlm2vec):
@@ -87,6 +91,7 @@ def test_vlm2vec_embeds_as_its_own_code(vlm2vec):
         saved("qwen_vl").reader(str(vlm2vec), 512, 8).encode(Item(""))
     with pytest.raises(BadSample, match="an instruction apart from the text"):
         saved("qwen_vl").reader(str(vlm2vec), 512, 8).encode(Item("x", instruction="Find it."))
+    assert not load_encoder(str(vlm2vec), EvaluationRun(), CPU).system_turn
 
 
 def test_adapters_merge_as_in_peft(tmp_path):

@@ -34,10 +34,10 @@ def merge_vlm2vec(source: str, out: Path, base: str | None = None) -> None:
     settings = read_json(folder / "adapter_config.json")
     for name, expected in _EXPECTED.items():
         if (value := settings.get(name) or expected) != expected:
-            raise PipelineError(
-                f"{source}: {name}={value!r} in its adapter_config.json is not supported: merge with peft"
-            )
-    base = base or str(settings.get("base_model_name_or_path"))
+            raise PipelineError(f"{source}: {name}={value!r} in its adapter_config.json is not supported")
+    base = base or settings.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise PipelineError(f"{source}: its adapter_config.json names no base model: name it with --base")
     config = checks.load_config(base)
     setattr(config, checks.SETTINGS, {"prompt": "vlm2vec"})
     model = QwenVL.load(base, "auto", config)

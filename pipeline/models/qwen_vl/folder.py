@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import Qwen2Tokenizer
 
 from pipeline.models import loading
 from pipeline.models.files import fetched
@@ -27,7 +28,7 @@ def save_folder(
     """
     settings, whole = checks.Settings.of(model.config, source), checks.version(model.config).whole.__name__
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
-    loading.tokenizer(source).save_pretrained(folder)
+    loading.tokenizer(source, kind=Qwen2Tokenizer).save_pretrained(folder)
     image_processor(model.config, source).save_pretrained(folder)
     files = fetched(source, weights=False)
     for name in _OTHERS:
@@ -36,5 +37,5 @@ def save_folder(
     card = Path(__file__).with_name("card.md.jinja")
     prompt = PROMPTS[settings.prompt]
     prefix, suffix = repr(prompt.prefix.format(settings.instruction)), repr(prompt.suffix)
-    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix, marked=prompt.marked)
+    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix, marked=prompt.marked, axes=prompt.axes)
     finish(folder, {"architectures": [whole], checks.SETTINGS: vars(settings)})

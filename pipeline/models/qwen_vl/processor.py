@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, cast
+from unicodedata import category
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -89,11 +90,15 @@ class QwenVLProcessor:
             prompt.instruction is not None and not checks.was_trained(config),
         )
 
+    @property
+    def system_turn(self) -> bool:
+        """Whether an item's instruction stands in the system's turn of the prompt."""
+        return self.prompt.instruction is not None
+
     def encode(self, item: Item) -> Encoded:
         """Encode an item, with a placeholder for each token of an image. Too long a text is cut at its end.
 
-        Rows of MMEB may have a mark without an image, or one image without a mark. They are `mended`. An item's own
-        instruction replaces the processor's.
+        Rows of MMEB may have a mark without an image, or one image without a mark. They are `mended`.
 
         Raises BadSample if an image or video cannot be decoded, is not supported, or does not fit in `max_tokens`, or
         if the numbers of marks and images or videos differ otherwise.
@@ -112,12 +117,18 @@ class QwenVLProcessor:
         """Encode a text with a mark for each of its RGB images and for its RGB frames. Raises BadSample as `encode`.
 
         Images are decoded one at a time to save memory, and not at all if the marks are wrong.
+
+        instruction: replaces the processor's. With the prompt `chat` it ends in a point unless punctuation is there, as
+        in Qwen3-VL-Embedding's code.
         """
         if frames and self.video_token_id is None:
             raise BadSample("a video, which is supported with Qwen3-VL only")
         marks_in = _MARK_AND_SPACE if self.prompt.marked else _MARK
-        if instruction and self.prompt.instruction is None:
-            raise BadSample("an instruction apart from the text, for which the prompt has no turn")
+        if instruction := instruction.strip():
+            if not self.system_turn:
+                raise BadSample("an instruction apart from the text, for which the prompt has no turn")
+            if self.prompt is PROMPTS[CHAT] and not category(instruction[-1]).startswith("P"):
+                instruction += "."
         pieces = marks_in.split(self.prompt.prefix.format(instruction or self.instruction) + text)
         for mark, name, count in ((IMAGE_MARK, "images", len(images)), (VIDEO_MARK, "videos", int(frames is not None))):
             if (marks := pieces.count(mark)) != count:
@@ -150,16 +161,17 @@ class QwenVLProcessor:
                     tokens = self._tokenize(part)
                     places.append(len(tokens))
                 else:
+                    grid = part.rows, part.columns
                     tokens = [part.token] * (part.rows * part.columns)
                     if self.prompt.marked:
                         tokens = [self._start, *tokens, self._end]
-                        places += [1, (part.rows, part.columns), 1]
+                    places += [1, grid, 1] if self.prompt.marked else [grid]
                 ids += tokens
                 if not isinstance(part, str):
                     end_of_images = len(ids)
         places.append(len(self._suffix))
         row = np.array([*ids, *self._suffix], np.int32)
-        axes = positions(places) if images and self.prompt.marked else None
+        axes = positions(places) if images and self.prompt.axes else None
         if not len(row):
             raise BadSample("an empty text without images, around which the prompt has no tokens")
         if len(row) > self.max_tokens:

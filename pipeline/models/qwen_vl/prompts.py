@@ -57,9 +57,9 @@ class Prompt:
     prefix, suffix: before and after it; {} in the prefix is the instruction.
     instruction: the default; None: the prompt has no place for one.
     least, most: default limits of an image's tokens.
-    marked: images stand between marks, their positions have rows and columns, and white space after them is removed.
-        Otherwise their positions are those of a text: versions 4 of transformers, with which VLM2Vec was trained, find
-        an image by the mark before it (`get_rope_index`).
+    marked: images stand between marks, and white space after them is removed.
+    axes: positions of images have rows and columns. Otherwise they are those of a text: the code of GME calls the
+        language model without positions, and that of VLM2Vec finds an image by the mark before it (`get_rope_index`).
     patches: cuts images.
     """
 
@@ -69,6 +69,7 @@ class Prompt:
     least: int
     most: int
     marked: bool = True
+    axes: bool = True
     patches: type[Patches] = Patches
 
 
@@ -76,6 +77,8 @@ CHAT = "chat"
 PROMPTS = {
     # The last token of this is pooled: a newline, unless the tokenizer adds tokens to each text.
     CHAT: Prompt(PREFIX, SUFFIX, "Represent the user's input.", 4, 1800),
-    "gme": Prompt(PREFIX, SUFFIX + "<|endoftext|>", "You are a helpful assistant.", 256, 1280, patches=GmePatches),
-    "vlm2vec": Prompt("", "", None, 4, 1280, marked=False, patches=Vlm2VecPatches),
+    "gme": Prompt(
+        PREFIX, SUFFIX + "<|endoftext|>", "You are a helpful assistant.", 256, 1280, axes=False, patches=GmePatches
+    ),
+    "vlm2vec": Prompt("", "", None, 4, 1280, marked=False, axes=False, patches=Vlm2VecPatches),
 }
