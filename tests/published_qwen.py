@@ -14,6 +14,7 @@ import torch
 from PIL import Image as Picture
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen3VLConfig, Qwen3VLModel
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
@@ -79,6 +80,66 @@ PREPROCESSOR = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2VLProcessor",
+}
+# The fields of Qwen3-VL-2B-Instruct's config.json.
+QWEN3_VL: dict[str, Any] = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": IDS["<|image_pad|>"],
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": IDS["<|endoftext|>"],
+        "dtype": "float32",
+        "eos_token_id": IDS["<|im_end|>"],
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": len(IDS),
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": IDS["<|video_pad|>"],
+    "vision_config": {
+        "deepstack_visual_indexes": [0, 1],
+        "depth": DEPTH,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": WIDTH,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * WIDTH,
+        "model_type": "qwen3_vl",
+        "num_heads": 2,
+        "num_position_embeddings": 36,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": IDS["<|vision_end|>"],
+    "vision_start_token_id": IDS["<|vision_start|>"],
+}
+QWEN3_PREPROCESSOR = {
+    "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "processor_class": "Qwen3VLProcessor",
+    "image_processor_type": "Qwen2VLImageProcessorFast",
 }
 # The adapters that VLM2Vec's code makes: `MMEBModel.build` of src/model/model.py, and src/arguments.py.
 ADAPTERS = {
@@ -147,7 +208,7 @@ def _weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return a weight: norms near 1, biases small, and matrices that keep their input's size."""
     values = numbers(name, *shape)
     if len(shape) > 1:
-        values = values / np.sqrt(np.float32(np.prod(shape[1:]))) if "embed_tokens" not in name else values
+        values = values / np.sqrt(np.float32(np.prod(shape[1:]))) if "embed" not in name.split(".")[-2] else values
     else:
         values = 0.2 * values + (0 if name.endswith("bias") else 1)
     return torch.from_numpy(np.ascontiguousarray(values, np.float32))
@@ -200,6 +261,19 @@ def write_qwen2_vl(folder: Path, **fields: object) -> Path:
     dump(folder / "config.json", QWEN2_VL | fields)
     dump(folder / "preprocessor_config.json", PREPROCESSOR)
     save_file(stored_weights(), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_qwen3_vl(folder: Path) -> Path:
+    """Write a folder like Qwen3-VL-Embedding's, whose configs are those of Qwen3-VL-2B-Instruct."""
+    folder.mkdir(parents=True)
+    write_tokenizer(folder)
+    dump(folder / "config.json", QWEN3_VL)
+    dump(folder / "preprocessor_config.json", QWEN3_PREPROCESSOR)
+    with torch.device("meta"):
+        model = Qwen3VLModel(Qwen3VLConfig.from_dict(json.loads(json.dumps(QWEN3_VL))))
+    weights = {f"model.{name}": _weight(name, tuple(each.shape)) for name, each in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

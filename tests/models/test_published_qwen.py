@@ -10,7 +10,7 @@ import torch
 from closeness import assert_close_in_norm
 from peft import PeftModel
 from PIL import Image as Picture
-from published_qwen import IDS, QWEN2_VL, dump, picture, write_adapters, write_gme, write_qwen2_vl
+from published_qwen import IDS, QWEN2_VL, dump, picture, write_adapters, write_gme, write_qwen2_vl, write_qwen3_vl
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -92,6 +92,18 @@ def test_vlm2vec_embeds_as_its_own_code(vlm2vec):
     with pytest.raises(BadSample, match="an instruction apart from the text"):
         saved("qwen_vl").reader(str(vlm2vec), 512, 8).encode(Item("x", instruction="Find it."))
     assert not load_encoder(str(vlm2vec), EvaluationRun(), CPU).system_turn
+
+
+def test_qwen3_vl_embedding_embeds_as_its_own_code(tmp_path):
+    folder, rows = write_qwen3_vl(tmp_path / "embedding"), rows_of("qwen3_vl_embedding")
+    assert_as_published(folder, rows)
+    item, _, expected = next(row for row in rows if row[0].text == "<image>")
+    embedder = Embedder.load(folder, "cpu", "fp32")
+    found = embedder.embed(
+        [Picture.open(io.BytesIO(item.images[0])), {"text": rows[1][0].text, "instruction": "Find it"}]
+    )
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1], rows[1][2], rtol=0, atol=1e-5)
 
 
 def test_adapters_merge_as_in_peft(tmp_path):
