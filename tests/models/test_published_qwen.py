@@ -153,6 +153,7 @@ def recipe_of(folder: Path, *changes: str) -> Any:
     return load_recipe("demo_qwen.yaml", ["model.architecture=null", f"model.path={folder}", *changes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gme", "vlm2vec"])
 def test_trained_further_and_exported_they_keep_their_prompt(kind, request, tmp_path):
     folder, family = request.getfixturevalue(kind), training("qwen_vl")
