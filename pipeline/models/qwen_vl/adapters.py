@@ -1,7 +1,8 @@
 """Merge published adapters of VLM2Vec into the Qwen2-VL that they were trained on.
 
-VLM2Vec/VLM2Vec-V2.0 and TIGER-Lab/VLM2Vec-Qwen2VL-2B and -7B on the hub hold adapters as peft stores them; those of
-VLM2Vec's code are DoRA's (arXiv 2402.09353; `use_dora` in src/model/model.py of github.com/TIGER-AI-Lab/VLM2Vec).
+VLM2Vec/VLM2Vec-V2.0 and TIGER-Lab/VLM2Vec-Qwen2VL-7B on the hub hold adapters, by experiments/examples/qwen2vl and
+issue 125 of github.com/TIGER-AI-Lab/VLM2Vec. Its code makes them with peft, as DoRA (arXiv 2402.09353;
+`MMEBModel.build` of src/model/model.py, commit 6e1e1d4).
 """
 
 import re
