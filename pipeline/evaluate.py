@@ -70,7 +70,10 @@ def main() -> None:
     encoder = load_encoder(arguments.model, options, device)
     forms = smaller_forms(encoder.dimension, options.dimensions, options.vectors)
     wanted = arguments.tasks.split(",")
-    collection = sets.load(wanted, instructed=encoder.instructed, number=number, count=count)
+    apart = options.instructions == "system"
+    if apart and not getattr(encoder, "system_turn", False):
+        raise PipelineError(f"instructions=system: the prompt of {arguments.model} has no system's turn: leave it out")
+    collection = sets.load(wanted, instructed=encoder.instructed, apart=apart, number=number, count=count)
     out = Path(options.out or Path("evaluation", _plain(arguments.model)))
     folder = out / "embeddings" / _plain(encoder.identity)
 

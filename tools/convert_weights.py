@@ -1,12 +1,13 @@
-"""Convert published checkpoints to folders of this project: LLaVE (and back), and LLM2CLIP's vision encoders.
+"""Convert published checkpoints to folders of this project: LLaVE (and back), LLM2CLIP's vision encoders, and VLM2Vec.
 
     python tools/convert_weights.py LLaVE-7B llave-7b              # LlavaQwenForCausalLM -> transformers
     python tools/convert_weights.py llave-7b LLaVE-7B --original   # and back
     python tools/convert_weights.py LLM2CLIP-EVA02-L-14-336.pt llm2clip-eva02 --text-encoder TEXT_ENCODER
     python tools/convert_weights.py microsoft/LLM2CLIP-Openai-L-14-336 llm2clip-openai --text-encoder TEXT_ENCODER
+    python tools/convert_weights.py VLM2Vec/VLM2Vec-V2.0 vlm2vec-v2 --adapters     # merged into their Qwen2-VL
 
 Training accepts original LLaVE checkpoints (model.path=...); evaluation and embedding need a converted one. The
-conversion needs memory for the largest file of weights, or for all weights of an LLM2CLIP.
+conversion needs memory for the largest file of weights, or for all weights of an LLM2CLIP or a VLM2Vec.
 """
 
 import argparse
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.jobs.program import command_line
 from pipeline.models.llave.weights import convert_original, export_original
 from pipeline.models.llm2clip.weights import convert_released
+from pipeline.models.qwen_vl.adapters import merge_vlm2vec
 
 
 @command_line
@@ -32,8 +34,14 @@ def main() -> None:
         metavar="FOLDER",
         help="SOURCE is a vision encoder of LLM2CLIP; this text encoder's vectors were its training data",
     )
+    kinds.add_argument("--adapters", action="store_true", help="SOURCE holds adapters of VLM2Vec")
+    parser.add_argument("--base", metavar="FOLDER", help="the adapters' Qwen2-VL (default: the one that they name)")
     arguments = parser.parse_args()
-    if arguments.text_encoder:
+    if arguments.base and not arguments.adapters:
+        parser.error("--base goes with --adapters")
+    if arguments.adapters:
+        merge_vlm2vec(arguments.source, arguments.out, arguments.base)
+    elif arguments.text_encoder:
         convert_released(arguments.source, arguments.text_encoder, arguments.out)
     elif arguments.source.endswith(".pt"):
         parser.error("for a vision encoder of LLM2CLIP, name its --text-encoder")

@@ -45,6 +45,11 @@ class EvaluationRun(Encoding):
     """The options of `python -m pipeline.evaluate`."""
 
     out: Local | None = Field(None, description="folder of embeddings and report; default: evaluation/MODEL")
+    instructions: Literal["text", "system"] = Field(
+        "text",
+        description="where the instructions of MMEB-V2's image sets stand: in the texts; or those of queries in the "
+        "system's turn of a Qwen-VL's prompt, and candidates have none, as Qwen3-VL-Embedding is evaluated",
+    )
     against: Local | None = Field(
         None, description="another evaluation's folder, or its report.json, to show beside it"
     )

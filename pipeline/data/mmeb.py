@@ -62,7 +62,7 @@ _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _INSTRUCTIONS = ("qry_inst", "tgt_inst")
 MATTERS = "^(qry|query|tgt|target|cand|pos|neg)|inst|prompt|text|image|img|video"  # see check_members
 
-Side = tuple[str, str]  # a text, and the path of its image or ""
+Side = tuple[str, ...]  # a text, the path of its image or "", and if they are apart, the instruction or ""
 
 
 def mmeb_text(text: str) -> str:
@@ -98,8 +98,12 @@ class _Listed:
     in_distribution: bool
 
 
-def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
-    """Yield each query and its candidates, the correct one first, from the .parquet files below the folder `url`."""
+def evaluation_rows(url: str, *, apart: bool = False) -> Iterator[tuple[Side, list[Side]]]:
+    """Yield each query and its candidates, the correct one first, from the .parquet files below the folder `url`.
+
+    apart: instructions are not joined with the texts, and candidates have none, as in Qwen3-VL-Embedding's evaluation
+    (src/evaluation/mmeb_v2/data/datasets of github.com/QwenLM/Qwen3-VL-Embedding, commit 8ce3aab).
+    """
     files = [file for file in objects.list_under(url) if file.endswith(".parquet")]
     if not files:
         raise PipelineError(f"{url} contains no .parquet file with MMEB's rows")
@@ -110,18 +114,20 @@ def evaluation_rows(url: str) -> Iterator[tuple[Side, list[Side]]]:
             check_members(file, names, (*_COLUMNS, *_INSTRUCTIONS), matters=MATTERS)
             if missing := [name for name in _COLUMNS if name not in names]:
                 raise ValueError(f"it has no column {', '.join(missing)}")
+            if apart and "qry_inst" not in names:
+                raise ValueError("it has no column qry_inst: its instructions are in the texts")
             columns = [*_COLUMNS, *(name for name in _INSTRUCTIONS if name in names)]
             batches = table.iter_batches(batch_size=64, columns=columns)
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
                 try:
-                    yield _sides(row)
+                    yield _sides(row, apart)
                 except ValueError as error:
                     raise ValueError(f"row {number}: {error}") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise PipelineError(f"{file} does not contain MMEB's rows ({', '.join(_COLUMNS)}): {error}") from None
 
 
-def _sides(row: dict[str, object]) -> tuple[Side, list[Side]]:
+def _sides(row: dict[str, object], apart: bool) -> tuple[Side, list[Side]]:
     """Return a row's query and candidates. Raises ValueError if they are invalid."""
 
     def plain(value: object) -> str:
@@ -132,11 +138,14 @@ def _sides(row: dict[str, object]) -> tuple[Side, list[Side]]:
     def listed(values: object) -> list[str]:  # a single candidate may have no list around it
         return list(map(plain, values if isinstance(values, list) else [values]))
 
-    def side(text: str, image: str, instruction: object) -> Side:
-        text = mmeb_text(_instructed(plain(instruction), text))
+    def side(text: str, image: str, instruction: object, *, query: bool = False) -> Side:
+        instruction = plain(instruction)
+        text = mmeb_text(text if apart else _instructed(instruction, text))
         fault = text_fault(text, images=text.count(IMAGE_MARK))
         if fault and fault[0] != EMPTY_TEXT:
             raise ValueError(": ".join(fault))
+        if apart:
+            return text, image, instruction.replace(MMEB_IMAGE_MARK, "").strip() if query else ""
         return text, image
 
     targets, paths = listed(row["tgt_text"]), listed(row["tgt_img_path"])
@@ -147,7 +156,7 @@ def _sides(row: dict[str, object]) -> tuple[Side, list[Side]]:
         paths = [""] * len(targets)
     if not targets or len(targets) != len(paths):
         raise ValueError(f"{len(targets)} tgt_text and {len(paths)} tgt_img_path")
-    query = side(plain(row["qry_text"]), plain(row["qry_img_path"]), row.get("qry_inst"))
+    query = side(plain(row["qry_text"]), plain(row["qry_img_path"]), row.get("qry_inst"), query=True)
     return query, [side(*target, row.get("tgt_inst")) for target in zip(targets, paths, strict=True)]
 
 

@@ -33,11 +33,16 @@ _LOADING = Lock()  # Pillow reads an opened file's pixels at first use, which is
 
 
 class Parts(TypedDict, total=False):
-    """An item with several parts.  images: paths or pictures.  video: a path, or frames; all frames are used."""
+    """An item with several parts.  images: paths or pictures.  video: a path, or frames; all frames are used.
+
+    instruction: what the item is compared for, in the system's turn of a Qwen-VL's prompt; for other models, and for
+    those trained with this project, instructions belong into the text.
+    """
 
     text: str
     images: Sequence[str | Path | Picture]
     video: str | Path | Sequence[Picture]
+    instruction: str
 
 
 Embeddable = str | Picture | Path | Parts
@@ -108,7 +113,8 @@ class Embedder:
         An item is a text, a picture, the `Path` of an image or video file (recognised by its content), or a dict of
         `Parts`. `<image>` and `<video>` mark the places of images and video in a text; without marks they come first.
         Images or a video without a text get MMEB's instruction, "Represent the given image.", if the model was trained
-        with instructions. LLM2CLIP and CLIP were not; for them an item is either a text or pictures.
+        with instructions in texts. Qwen3-VL-Embedding, GME and others not trained with this project stay with images
+        alone. LLM2CLIP and CLIP were trained without; for them an item is either a text or pictures.
 
         Raises `PipelineError` with the item's number, from 0, if the item cannot be used or its vector is not a unit
         vector (for example, with NaN in the weights), and for a size that is not from 1 to the model's dimension. In a
@@ -164,8 +170,15 @@ class Embedder:
             images = [partial(_picture, image, self.processor.as_stored) for image in item.images]
             frames = None if item.video is None else partial(self._frames, item.video)
             # White space around a text is left to the processor: a template may keep what is before it.
-            text = item.marked_text() if self.instructed else item.text if item.text.strip() else ""
-            return self.processor.encode_parts(text, images, frames)
+            text = item.text if item.text.strip() else ""
+            if self.instructed:
+                text = item.marked_text(bare=getattr(self.processor, "bare_images", False))
+            if not item.instruction:
+                return self.processor.encode_parts(text, images, frames)
+            if not getattr(self.processor, "system_turn", False):
+                raise BadSample("it has an instruction, for which the model's prompt has no turn: put it into the text")
+            encode: Callable[..., Encoded] = self.processor.encode_parts
+            return encode(text, images, frames, item.instruction)
         except BadSample as reason:
             raise PipelineError(f"item {number}: {reason}") from None
 
@@ -189,16 +202,17 @@ class _Item:
     text: str = ""
     images: tuple[Path | Picture, ...] = ()
     video: Path | tuple[Picture, ...] | None = None
+    instruction: str = ""
 
-    def marked_text(self) -> str:
-        """Return the text, or an instruction if there is none, with marks added if it has none."""
-        text = self.text
-        if not text.strip():
+    def marked_text(self, *, bare: bool = False) -> str:
+        """Return the text with marks added if it has none; without a text an instruction, or if `bare` only marks."""
+        text = self.text if self.text.strip() else ""
+        if not text and not bare:
             given = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
             text = f"Represent the given {' and '.join(given)}."
         marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
         marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
-        return "\n".join([*marks, text])
+        return "\n".join([*marks, text] if text else marks)
 
 
 def _checked(number: int, given: Any) -> Path | _Item:
@@ -214,11 +228,13 @@ def _checked(number: int, given: Any) -> Path | _Item:
     if not isinstance(given, dict):
         refuse(f" is a {type(given).__name__}, not a text, picture, Path or dict of text, images and video")
     if unknown := given.keys() - Parts.__annotations__.keys():
-        refuse(f" has {min(map(repr, unknown))}; it can have text, images and video")
+        refuse(f" has {min(map(repr, unknown))}; it can have {', '.join(Parts.__annotations__)}")
     text, images, video = given.get("text"), given.get("images"), given.get("video")
     text, images = "" if text is None else text, () if images is None else images
-    if not isinstance(text, str):
-        refuse(f": its text is a {type(text).__name__}, not a str")
+    instruction = given.get("instruction") or ""
+    for name, value in (("text", text), ("instruction", instruction)):
+        if not isinstance(value, str):
+            refuse(f": its {name} is a {type(value).__name__}, not a str")
     if not isinstance(images, list | tuple) or not all(isinstance(image, str | Path | Picture) for image in images):
         refuse(": its images must be a list of paths or pictures")
     if isinstance(video, str):
@@ -229,14 +245,21 @@ def _checked(number: int, given: Any) -> Path | _Item:
         refuse(": its video must be a path, or a list of frames as pictures")
     if not (text.strip() or images or video):
         refuse(" is empty: it has no text, image or video")
-    return _Item(text, tuple(Path(image) if isinstance(image, str) else image for image in images), video)
+    paths = tuple(Path(image) if isinstance(image, str) else image for image in images)
+    return _Item(text, paths, video, instruction.strip())
 
 
 def _key(item: Path | _Item) -> tuple:
     """A key that is equal only for equal items; pictures are compared by identity, while both are in memory."""
     if isinstance(item, Path):
         return (item,)
-    parts = (item.text, *item.images, "video", *(item.video if isinstance(item.video, tuple) else (item.video,)))
+    parts = (
+        item.text,
+        item.instruction,
+        *item.images,
+        "video",
+        *(item.video if isinstance(item.video, tuple) else (item.video,)),
+    )
     return tuple(id(part) if isinstance(part, Picture) else part for part in parts)
 
 

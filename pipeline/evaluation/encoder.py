@@ -12,7 +12,7 @@ import torch
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK, Item
 from pipeline.models.files import SETTINGS, fetched, fingerprint, survey
 
-_VERSION = 4  # raise it when a change of prompts, tiles, pooling or `identity_of` changes an encoder's vectors
+_VERSION = 5  # raise it when a change of prompts, tiles, pooling or `identity_of` changes an encoder's vectors
 
 
 class Encoder(Protocol):

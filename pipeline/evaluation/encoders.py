@@ -117,6 +117,11 @@ class ModelEncoder:
         """See `Report`."""
         return getattr(self.processor, "protocols", ())
 
+    @property
+    def system_turn(self) -> bool:
+        """Whether an item's instruction stands in the system's turn of the prompt."""
+        return getattr(self.processor, "system_turn", False)
+
     def prepare(self, item: Item) -> Encoded:
         return self.processor.encode(item)
 

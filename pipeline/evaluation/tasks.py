@@ -96,15 +96,19 @@ class Collection:
             self.names.append(name)
         return self._rows[key]
 
-    def text(self, text: str) -> int:
-        return self.row(item_key(text), text, partial(Item, text))
+    def text(self, text: str, instruction: str = "") -> int:
+        """Return the row of a text.  instruction: see Item."""
+        return self.row(item_key(text, *_parts(instruction)), text, partial(Item, text, instruction=instruction))
 
-    def medium(self, text: str, url: str, stamp: str, *, video: bool = False, name: str = "") -> int:
+    def medium(
+        self, text: str, url: str, stamp: str, *, video: bool = False, name: str = "", instruction: str = ""
+    ) -> int:
         """Return the row of a picture or video with a text that contains its mark.
 
-        stamp: see `objects.stamps`.  name: default: the URL.
+        stamp: see `objects.stamps`.  name: default: the URL.  instruction: see Item.
         """
-        return self.row(item_key(text, url, stamp), name or url, partial(_read, text, url, video))
+        key = item_key(text, url, stamp, *_parts(instruction))
+        return self.row(key, name or url, partial(_read, text, url, video, instruction))
 
 
 def item_key(*parts: str) -> bytes:
@@ -122,6 +126,10 @@ def content_key(content_hash: int) -> bytes:
     return b"content-" + content_hash.to_bytes(8, "little")
 
 
-def _read(text: str, url: str, video: bool) -> Item:
+def _parts(instruction: str) -> tuple[str, ...]:
+    return ("instruction", instruction) if instruction else ()
+
+
+def _read(text: str, url: str, video: bool, instruction: str) -> Item:
     data = objects.read(url)
-    return Item(text, video=data) if video else Item(text, (data,))
+    return Item(text, (), data, instruction=instruction) if video else Item(text, (data,), instruction=instruction)

@@ -42,16 +42,21 @@ class Stored:
     dtype: torch.dtype | None  # None: integers of a buffer
 
 
-def fetched(path: str, *, weights: bool = True) -> Path:
+def fetched(path: str, *, weights: bool = True, adapters: bool = False) -> Path:
     """Return the local folder of a model, after a download for a hub name.  weights: whether weights are needed.
 
-    Raises PipelineError if there is no such model, or only adapters for one. If the hub is unreachable it fails at
-    once, because `snapshot_download` does not retry.
+    adapters: whether adapters are wanted, not a model.
+
+    Raises PipelineError if there is no such model, or adapters where a model is wanted and the other way round. If the
+    hub is unreachable it fails at once, because `snapshot_download` does not retry.
     """
     folder = Path(path) if Path(path).is_dir() else _downloaded(path, weights)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file() != adapters:
+        if adapters:
+            raise PipelineError(f"no adapters at {path!r}: it has no adapter_config.json")
         raise PipelineError(
-            f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model and name the result"
+            f"no model at {path!r}: it holds adapters (LoRA); merge them into their base model and name the result. Of "
+            "VLM2Vec's, tools/convert_weights.py --adapters does it"
         )
     return folder
 

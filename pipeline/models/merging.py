@@ -98,7 +98,8 @@ def merge(
                 _write_index(index, partial / index.relative_to(parts[0].folder))
         for config in files_of(partial, ".json"):
             if config.name == "config.json" and "model_type" in (values := read_json(config)):
-                finish(config.parent, released.fields_of(config.parent, values) | _retyped(values, dtype))
+                source = parts[0].folder / config.parent.relative_to(partial)
+                finish(config.parent, released.fields_of(source, values) | _retyped(values, dtype))
         if not (agree := _sizes_agree(parts)):
             finish(partial, {SIZES: None})
         _write_card(parts, method, partial, sizes=agree)

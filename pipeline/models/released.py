@@ -3,6 +3,9 @@
 LLM2CLIP's text encoders (arXiv 2411.04997; microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and
 LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned on the hub): a Llama that attends both ways. They do not store their
 template, which stands in the code that uses them (llm2clip/data/extract_embedding.py; the model card of the 1B).
+
+GME (arXiv 2412.16855; Alibaba-NLP/gme-Qwen2-VL-2B-Instruct and -7B-Instruct on the hub): a Qwen2-VL. Its prompt stands
+in its code: modeling_gme_qwen2vl.py, and gme_inference.py before that, when config.json named no code.
 """
 
 from pathlib import Path
@@ -17,6 +20,9 @@ _TEXT_ENCODER = {
     "is_causal": False,
     "text_encoder": {"pooling": "mean", "instruction": "", "template": "llama3"},
 }
+_GME_CODE, _GME_SCRIPT = "modeling_gme_qwen2vl.", "gme_inference.py"
+_GME_CACHED = "models--Alibaba-NLP--gme-Qwen2-VL-"  # a folder in the hub's cache, into which no script is downloaded
+_TOKEN = 28**2  # pixels of a token of Qwen2-VL
 
 
 def fields_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +31,8 @@ def fields_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     folder: the model's.  config: its config.json. A folder of LLM2Vec's own has the same classes, adapters or
     llm2vec_config.json, and any template: it is no such model.
     """
+    if config.get("model_type") == "qwen2_vl":
+        return _gme(folder, config)
     auto_map = config.get("auto_map")
     if config.get("model_type") != "llama" or not isinstance(auto_map, dict) or auto_map.keys() != {"AutoModel"}:
         return {}
@@ -32,3 +40,17 @@ def fields_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(code, str) or code.rpartition("--")[2] not in _LLAMAS_BOTH_WAYS:
         return {}
     return {} if (folder / "llm2vec_config.json").exists() else _TEXT_ENCODER
+
+
+def _gme(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """As `fields_of`, for a Qwen2-VL. An export of a GME that was trained further has settings of its own."""
+    if code := config.get("auto_map"):
+        classes = list(code.values()) if isinstance(code, dict) else []
+        names = [each.rpartition("--")[2] if isinstance(each, str) else "" for each in classes]
+        if not names or not all(name.startswith(_GME_CODE) for name in names):
+            return {}
+    elif not (folder / _GME_SCRIPT).is_file() and not any(part.startswith(_GME_CACHED) for part in folder.parts):
+        return {}
+    limits = {f"{end}_pixels": config.get(f"{end}_image_tokens") for end in ("min", "max")}
+    pixels = {name: tokens * _TOKEN for name, tokens in limits.items() if isinstance(tokens, int)}
+    return {"auto_map": None, "embedding": config.get("embedding") or {"prompt": "gme"} | pixels}

@@ -21,6 +21,7 @@ _NOT_NOTED_ONCE = {
     "the masks' version": 1,
     "model.images": "as_stored",
     "model.marks": "mended",
+    "model.prompt": "chat",
     "white space around texts": "stripped",
     "the teacher vectors' fingerprint": None,
     "the mined negatives' fingerprint": None,

@@ -251,3 +251,32 @@ def test_ignored_non_mmeb_dataset_is_reported(tmp_path, capsys):
     assert (
         f"note: nothing reads the dataset GQA-mine of {tmp_path}, for it has no tasks.json" in capsys.readouterr().err
     )
+
+
+def test_instructions_can_stand_apart_from_the_texts(mmeb):
+    """Of queries, as Qwen3-VL-Embedding is evaluated on MMEB-V2; candidates have none."""
+    rows = [
+        ("<|image_1|> Answer it:", "Which?", "x/a.png", "Represent it."),
+        ("Find it.", "a cat", "", "Represent it."),
+    ]
+    names = ("qry_inst", "qry_text", "qry_img_path", "tgt_inst")
+    columns = {name: [row[number] for row in rows] for number, name in enumerate(names)}
+    columns |= {"tgt_text": [["cat", "dog"]] * 2, "tgt_img_path": [["", ""]] * 2}
+    parquet.write_table(pa.table(columns), mmeb / "VQA" / "test-00000-of-00001.parquet")
+    parquet.write_table(pa.table({**columns, "qry_inst": [None, ""]}), mmeb / "T2I" / "test-00000-of-00001.parquet")
+    items = [each() for each in load([str(mmeb)], apart=True).items]
+    assert [(item.text, item.instruction, len(item.images)) for item in items] == [
+        ("Which?", "Answer it:", 1),
+        ("cat", "", 0),
+        ("dog", "", 0),
+        ("a cat", "Find it.", 0),
+        ("Which?", "", 1),
+        ("a cat", "", 0),
+    ]
+    joined = load([str(mmeb)])
+    texts = [each().text for each in joined.items]
+    assert texts[:3] == ["Answer it: Which?\n", "Represent it. cat\n", "Represent it. dog\n"]
+    del columns["qry_inst"]
+    parquet.write_table(pa.table(columns), mmeb / "VQA/x.parquet")
+    with pytest.raises(PipelineError, match="it has no column qry_inst: its instructions are in the texts"):
+        load([str(mmeb)], apart=True)

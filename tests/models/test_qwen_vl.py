@@ -51,7 +51,8 @@ from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.folder import save_folder
 from pipeline.models.qwen_vl.model import FrozenQwenTower, QwenVL, TowerlessQwenVL, build
 from pipeline.models.qwen_vl.patches import Patches, positions
-from pipeline.models.qwen_vl.processor import PREFIX, SUFFIX, QwenVLProcessor
+from pipeline.models.qwen_vl.processor import QwenVLProcessor
+from pipeline.models.qwen_vl.prompts import PREFIX, PROMPTS, SUFFIX
 from pipeline.models.qwen_vl.tower import grid_of
 from pipeline.models.registry import family_of, saved, training
 
@@ -547,7 +548,7 @@ def test_export_keeps_settings_and_loads_in_transformers(kind, folders, tmp_path
     save_folder(plain, dict(plain.named_parameters()), folders[kind], tmp_path / "plain")
     recorded = json.loads((tmp_path / "plain" / "config.json").read_text())["embedding"]
     sizes = {"min_pixels": 4 * 8 * 8, "max_pixels": 1800 * 8 * 8, "max_video_tokens": 3072}
-    assert recorded == {"instruction": checks.INSTRUCTION} | sizes
+    assert recorded == {"instruction": PROMPTS["chat"].instruction, "prompt": "chat"} | sizes
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace('FOLDER = "."', f"FOLDER = {folder!r}")
     space: dict[str, Any] = {}

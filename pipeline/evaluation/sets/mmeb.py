@@ -32,11 +32,12 @@ Find = Callable[[str], tuple[str, str]]  # a picture's path in the rows -> URL a
 _BLOCK_BYTES = 256 << 10  # read from a shard at once: about one picture, or a hundred texts
 
 
-def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collection], None]]:
+def datasets(url: str, group: str | None = None, *, apart: bool = False) -> dict[str, Callable[[Collection], None]]:
     """Return, by name, a function for each dataset of the group at `url` that adds it to a collection.
 
     group: one of GROUPS; None: all datasets in tasks.json, or the MMEB datasets that exist. Raises PipelineError if
         there are none.
+    apart: queries have their instructions apart from their texts; see `evaluation_rows`.
     """
     listed = objects.exists(objects.join(url, TASKS_FILE))
     known = read_tasks(url) if listed else MMEB_TASKS
@@ -57,15 +58,17 @@ def datasets(url: str, group: str | None = None) -> dict[str, Callable[[Collecti
             + (f"dataset of {group}" if group else f"{TASKS_FILE}, {INDEX_FILE} or dataset of MMEB's")
         )
     find = _finder(url)
-    return {name: partial(_add, url=url, name=name, kind=kind, find=find) for name, kind in there.items()}
+    return {name: partial(_add, url=url, name=name, kind=kind, find=find, apart=apart) for name, kind in there.items()}
 
 
-def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], find: Find) -> None:
+def _add(collection: Collection, url: str, name: str, kind: tuple[str, bool], find: Find, apart: bool) -> None:
     folder = objects.join(url, name)
     if objects.exists(objects.join(folder, INDEX_FILE)):
+        if apart:
+            raise PipelineError(f"{folder} was converted, with the instructions in its texts: name MMEB-V2's own files")
         queries, candidates = _converted(collection, folder)
     else:
-        queries, candidates = _published(collection, find, evaluation_rows(folder))
+        queries, candidates = _published(collection, find, evaluation_rows(folder, apart=apart))
     collection.tasks.append(Ranking(name, *kind, queries, candidates))
 
 
@@ -94,8 +97,11 @@ def _published(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     @cache
     def row(side: Side) -> int:
-        text, image = side
-        return collection.medium(text, *find(image), name=image) if image else collection.text(text)
+        text, image, *apart = side
+        instruction = "".join(apart)
+        if image:
+            return collection.medium(text, *find(image), name=image, instruction=instruction)
+        return collection.text(text, instruction)
 
     numbers = [(row(query), np.array([row(side) for side in sides])) for query, sides in rows]
     return np.array([query for query, _ in numbers]), [candidates for _, candidates in numbers]

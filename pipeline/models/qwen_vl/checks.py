@@ -23,14 +23,11 @@ from pipeline.models import loading
 from pipeline.models.files import fetched
 from pipeline.models.qwen_vl.config import QwenVLArchitecture, QwenVLSection
 from pipeline.models.qwen_vl.patches import Patches, video_limit
+from pipeline.models.qwen_vl.prompts import CHAT, PROMPTS
 
 Numbers = tuple[float, float, float]
 
 SETTINGS = "embedding"  # the field of config.json that holds the `Settings` of an export
-# Defaults of Qwen3-VL-Embedding: src/models/qwen3_vl_embedding.py of github.com/QwenLM/Qwen3-VL-Embedding, commit
-# 8ce3aab. Its limits of an image are there in pixels, for 32 x 32 pixels per token.
-INSTRUCTION = "Represent the user's input."
-MIN_TOKENS, MAX_TOKENS = 4, 1800
 
 
 @dataclass(frozen=True)
@@ -61,29 +58,41 @@ EXPERTS = ("qwen3_vl_moe",)
 class Settings:
     """How a model embeds an item, in its config.json.
 
-    instruction: the system's turn of the prompt.  min_pixels, max_pixels: to which images are resized.
-    max_video_tokens: of a video with its timestamps, which its frames share.
+    instruction: the system's turn of the prompt, "" if that has none.  min_pixels, max_pixels: to which images are
+    resized.  max_video_tokens: of a video with its timestamps, which its frames share.  prompt: a name in PROMPTS.
     """
 
     instruction: str
     min_pixels: int
     max_pixels: int
     max_video_tokens: int
+    prompt: str
 
     @classmethod
     def of(cls, config: PreTrainedConfig, path: str, max_tokens: int = 4096) -> "Settings":
-        """Return a config's settings, or the defaults for items of `max_tokens`, as of a recipe.  path: for errors."""
+        """Return a config's settings; those it lacks are the prompt's defaults.  path: for errors.
+
+        max_tokens: of an item, as of a recipe.
+        """
         area = (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
         stored = getattr(config, SETTINGS, None)
-        if stored is None:
-            return cls(INSTRUCTION, MIN_TOKENS * area, MAX_TOKENS * area, video_limit(max_tokens))
-        kinds = {field.name: field.type for field in fields(cls)}
-        if not isinstance(stored, dict) or {name: type(value) for name, value in stored.items()} != kinds:
-            raise PipelineError(
-                f"{path}: {SETTINGS}={stored!r} in its config.json is not supported; expected are {', '.join(kinds)}: "
-                "was it written by a later version?"
-            )
-        return cls(**stored)
+        stored = {} if stored is None else stored
+        name = stored.get("prompt", CHAT) if isinstance(stored, dict) else None
+        if isinstance(name, str) and (its := PROMPTS.get(name)):
+            own = cls(its.instruction or "", its.least * area, its.most * area, video_limit(max_tokens), name)
+            values = vars(own) | stored
+            if {each: type(value) for each, value in values.items()} == {each.name: each.type for each in fields(cls)}:
+                return cls(**values)
+        raise PipelineError(
+            f"{path}: {SETTINGS}={stored!r} in its config.json is not supported; expected are "
+            f"{', '.join(each.name for each in fields(cls))}, and a prompt of {', '.join(PROMPTS)}: was it written by "
+            "a later version?"
+        )
+
+
+def was_trained(config: PreTrainedConfig) -> bool:
+    """Whether a config has the settings of a training with this project. A published model's has at most its prompt."""
+    return "instruction" in (getattr(config, SETTINGS, None) or {})
 
 
 def version(config: PreTrainedConfig) -> Version:
@@ -135,12 +144,19 @@ def config_of(model: QwenVLSection) -> Any:
     else:
         assert model.architecture
         config = config_of_architecture(model.architecture)
-    settings = vars(Settings.of(config, model.path or "model.architecture", model.max_tokens))
+    where = model.path or "model.architecture"
+    if model.prompt and model.prompt != Settings.of(config, where, model.max_tokens).prompt:
+        setattr(config, SETTINGS, {"prompt": model.prompt})
+    settings = vars(Settings.of(config, where, model.max_tokens))
     values = {name: getattr(model, name, None) or value for name, value in settings.items()}
     values["max_video_tokens"] = video_limit(model.max_tokens)  # of this training, not of one before it
     if values["min_pixels"] > values["max_pixels"]:
         raise PipelineError(
             f"model.min_pixels={values['min_pixels']} is more than model.max_pixels={values['max_pixels']}: set both"
+        )
+    if model.instruction and PROMPTS[values["prompt"]].instruction is None:
+        raise PipelineError(
+            f"model.instruction: the prompt {values['prompt']} has no turn for it: put it into the items' texts"
         )
     setattr(config, SETTINGS, values)
     return config
@@ -150,7 +166,7 @@ def patches(config: Any, path: str, max_tokens: int) -> Patches:
     """Return how a model with this config cuts images into patches.  path: for errors.  max_tokens: of an item."""
     vision, its = config.vision_config, Settings.of(config, path, max_tokens)
     limits = its.min_pixels, its.max_pixels, its.max_video_tokens
-    return Patches(vision.patch_size, vision.spatial_merge_size, *limits)
+    return PROMPTS[its.prompt].patches(vision.patch_size, vision.spatial_merge_size, *limits)
 
 
 def reads_videos(config: PreTrainedConfig) -> bool:

@@ -40,23 +40,28 @@ class QwenVLSection(ModelSection):
     architecture: Annotated[QwenVLArchitecture | None, Fixed()] = Field(
         None, description="train from random weights with this architecture, instead of model.path"
     )
+    prompt: Annotated[Literal["chat", "gme", "vlm2vec"] | None, Fixed()] = Field(
+        None,
+        description="what stands around an item, and how images are resized, as of Qwen3-VL-Embedding (chat), GME or "
+        "VLM2Vec; default: that of the model, or else chat",
+    )
     instruction: Annotated[str | None, Fixed()] = Field(
         None,
         min_length=1,
-        description="the system's turn of the prompt; default: the model config's value, or else that of "
-        "Qwen3-VL-Embedding",
+        description="the system's turn of the prompt, which vlm2vec lacks; default: the model config's value, or else "
+        "the prompt's",
     )
     min_pixels: Annotated[int | None, Fixed()] = Field(
         None,
         gt=0,
-        description="images are enlarged to this many pixels; default: what an export's config records, or else 4 "
-        "tokens; preprocessor_config.json is not read",
+        description="images are enlarged to this many pixels; default: what an export's config records, or else "
+        "the prompt's (chat: 4 tokens); preprocessor_config.json is not read",
     )
     max_pixels: Annotated[int | None, Fixed()] = Field(
         None,
         gt=0,
-        description="images are reduced to this many; default: what an export's config records, or else 1,800 tokens; "
-        "preprocessor_config.json is not read",
+        description="images are reduced to this many; default: what an export's config records, or else the prompt's "
+        "(chat: 1,800 tokens); preprocessor_config.json is not read",
     )
     images: Literal["upright", "as_stored"] | None = Field(
         None,

@@ -62,7 +62,11 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
             )
 
     def conditions(self, model: QwenVLSection) -> dict[str, Any]:
-        return super().conditions(model) | {"model.images": image_reading(model.path, model.images)}
+        settings = checks.Settings.of(checks.config_of(model), "model.path")
+        return super().conditions(model) | {
+            "model.images": image_reading(model.path, model.images),
+            "model.prompt": settings.prompt,
+        }
 
     def lengths(self, recipe: Recipe) -> Lengths:
         config = checks.config_of(self.section(recipe))

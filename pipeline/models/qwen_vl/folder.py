@@ -4,13 +4,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import Qwen2Tokenizer
 
 from pipeline.models import loading
 from pipeline.models.files import fetched
 from pipeline.models.folder import finish, write_card
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.model import QwenVL
-from pipeline.models.qwen_vl.processor import PREFIX, SUFFIX, image_processor
+from pipeline.models.qwen_vl.processor import image_processor
+from pipeline.models.qwen_vl.prompts import PROMPTS
 
 # Files that transformers' own processor reads besides tokenizer and image processor.
 _OTHERS = ("video_preprocessor_config.json", "chat_template.json", "chat_template.jinja")
@@ -26,13 +28,14 @@ def save_folder(
     """
     settings, whole = checks.Settings.of(model.config, source), checks.version(model.config).whole.__name__
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
-    loading.tokenizer(source).save_pretrained(folder)
+    loading.tokenizer(source, kind=Qwen2Tokenizer).save_pretrained(folder)
     image_processor(model.config, source).save_pretrained(folder)
     files = fetched(source, weights=False)
     for name in _OTHERS:
         if (files / name).is_file():
             shutil.copyfile(files / name, folder / name)
     card = Path(__file__).with_name("card.md.jinja")
-    prefix, suffix = repr(PREFIX.format(settings.instruction)), repr(SUFFIX)
-    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix)
+    prompt = PROMPTS[settings.prompt]
+    prefix, suffix = repr(prompt.prefix.format(settings.instruction)), repr(prompt.suffix)
+    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix, marked=prompt.marked, axes=prompt.axes)
     finish(folder, {"architectures": [whole], checks.SETTINGS: vars(settings)})

@@ -51,7 +51,7 @@ class Patches:
 
         anyres: has no effect: an image of several is resized like one alone.
         """
-        if not self._possible(height, width):
+        if not self._possible(*self.first(height, width)):
             return 0
         rows, columns = self.grid(height, width)
         return rows * columns // self.merge**2 + 2
@@ -69,7 +69,11 @@ class Patches:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches of an image of this size; BadSample if it is too long."""
-        return self._grid(height, width, self.min_pixels, self.max_pixels)
+        return self._grid(*self.first(height, width), self.min_pixels, self.max_pixels)
+
+    def first(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width to which an image is resized before; here its own."""
+        return height, width
 
     def cut(self, image: Image.Image) -> tuple[np.ndarray, int, int]:
         """Resize an RGB image and cut it: (patches, 3, side, side) uint8, and the resized height and width.
@@ -77,6 +81,8 @@ class Patches:
         The merge² patches of a token follow each other; tokens are in the order of rows.
         """
         rows, columns = self.grid(image.height, image.width)
+        if (first := self.first(image.height, image.width)[::-1]) != image.size:
+            image = image.resize(first, Image.Resampling.BICUBIC)
         return self._cut(image, rows, columns), rows * self.side, columns * self.side
 
     def cut_frames(self, frames: Sequence[Image.Image]) -> tuple[np.ndarray, int, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, cast
+from unicodedata import category
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -21,25 +22,26 @@ from pipeline.models import loading
 from pipeline.models.loading import reads_as_stored
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.patches import Patches, positions
+from pipeline.models.qwen_vl.prompts import CHAT, PROMPTS, Prompt
 
-# The turns of Qwen's chat template. The last token is pooled: a newline, unless the tokenizer adds tokens to each text.
-PREFIX = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 START, END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 SPECIAL = ("<|im_start|>", "<|im_end|>", START, END, IMAGE_PAD, VIDEO_PAD)
 
 _FPS = 2  # of frames whose times are unknown, as in qwen-vl-utils
 
-# The template has nothing between an image and the text after it; a converted text has a newline there.
-_MARK = re.compile(rf"({IMAGE_MARK}|{VIDEO_MARK})\s*")
+_MARK = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
+# The chat template has nothing between an image and the text after it; a converted text has a newline there.
+_MARK_AND_SPACE = re.compile(rf"{_MARK.pattern}\s*")
 
 
 @dataclass(frozen=True)
 class QwenVLProcessor:
     """Encodes items as token ids, patches and positions; samples `video_frames` frames of a video.
 
-    video_token_id: None if videos are not supported.  instruction: the system's turn.  as_stored: see `rgb`.
+    video_token_id: None if videos are not supported.  instruction: the system's turn, "" if the prompt has none.
+    as_stored: see `rgb`.  bare_images: whether an image or video without a text stays without one in `Embedder`, as in
+    the code of published models. Models trained with this project learned from instructions in the texts.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +53,8 @@ class QwenVLProcessor:
     video_frames: int = 8
     as_stored: bool = False
     video_fps: float | None = None  # see sample_frames
+    prompt: Prompt = PROMPTS[CHAT]
+    bare_images: bool = False
 
     @classmethod
     def load(
@@ -68,19 +72,28 @@ class QwenVLProcessor:
         """
         config = config or checks.load_config(path)
         tokenizer = loading.tokenizer(path, config.text_config.vocab_size, Qwen2Tokenizer)
-        _require_tokens(path, config, tokenizer)
+        settings = checks.Settings.of(config, path, max_tokens)
+        prompt = PROMPTS[settings.prompt]
+        _require_tokens(path, config, tokenizer, prompt)
         _require_image_processor(path, config)
         return cls(
             tokenizer,
             checks.patches(config, path, max_tokens),
             config.image_token_id,
             config.video_token_id if checks.reads_videos(config) else None,
-            checks.Settings.of(config, path, max_tokens).instruction,
+            settings.instruction,
             max_tokens,
             video_frames,
             reads_as_stored(path, images),
             video_fps,
+            prompt,
+            prompt.instruction is not None and not checks.was_trained(config),
         )
+
+    @property
+    def system_turn(self) -> bool:
+        """Whether an item's instruction stands in the system's turn of the prompt."""
+        return self.prompt.instruction is not None
 
     def encode(self, item: Item) -> Encoded:
         """Encode an item, with a placeholder for each token of an image. Too long a text is cut at its end.
@@ -92,18 +105,31 @@ class QwenVLProcessor:
         """
         images = [partial(decode_image, image, self.as_stored) for image in item.images]
         frames = None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
-        return self.encode_parts(mended(item.text, len(images)), images, frames)
+        return self.encode_parts(mended(item.text, len(images)), images, frames, item.instruction)
 
     def encode_parts(
-        self, text: str, images: Sequence[Callable[[], Picture]], frames: Callable[[], Sequence[Picture]] | None
+        self,
+        text: str,
+        images: Sequence[Callable[[], Picture]],
+        frames: Callable[[], Sequence[Picture]] | None,
+        instruction: str = "",
     ) -> Encoded:
         """Encode a text with a mark for each of its RGB images and for its RGB frames. Raises BadSample as `encode`.
 
         Images are decoded one at a time to save memory, and not at all if the marks are wrong.
+
+        instruction: replaces the processor's. With the prompt `chat` it ends in a point unless punctuation is there, as
+        in Qwen3-VL-Embedding's code.
         """
         if frames and self.video_token_id is None:
             raise BadSample("a video, which is supported with Qwen3-VL only")
-        pieces = _MARK.split(PREFIX.format(self.instruction) + text)
+        marks_in = _MARK_AND_SPACE if self.prompt.marked else _MARK
+        if instruction := instruction.strip():
+            if not self.system_turn:
+                raise BadSample("an instruction apart from the text, for which the prompt has no turn")
+            if self.prompt is PROMPTS[CHAT] and not category(instruction[-1]).startswith("P"):
+                instruction += "."
+        pieces = marks_in.split(self.prompt.prefix.format(instruction or self.instruction) + text)
         for mark, name, count in ((IMAGE_MARK, "images", len(images)), (VIDEO_MARK, "videos", int(frames is not None))):
             if (marks := pieces.count(mark)) != count:
                 raise BadSample(f"{marks} {mark} marks in the text, {count} {name}")
@@ -124,7 +150,10 @@ class QwenVLProcessor:
         return self._joined(parts, tuple(encoded))
 
     def _joined(self, parts: "Sequence[str | _Grid]", images: tuple[Image, ...]) -> Encoded:
-        """Encode texts and images in this order, and the prompt's end. Texts that follow each other are one."""
+        """Encode texts and images in this order, and the prompt's end. Texts that follow each other are one.
+
+        Raises BadSample if the images do not fit in `max_tokens`, and if there is no token.
+        """
         ids, places, end_of_images = list[int](), list[int | tuple[int, int]](), 0
         for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
             for part in ["".join(cast(Iterable[str], group))] if is_text else group:
@@ -132,13 +161,19 @@ class QwenVLProcessor:
                     tokens = self._tokenize(part)
                     places.append(len(tokens))
                 else:
-                    tokens = [self._start, *[part.token] * (part.rows * part.columns), self._end]
-                    places += [1, (part.rows, part.columns), 1]
+                    grid = part.rows, part.columns
+                    tokens = [part.token] * (part.rows * part.columns)
+                    if self.prompt.marked:
+                        tokens = [self._start, *tokens, self._end]
+                    places += [1, grid, 1] if self.prompt.marked else [grid]
                 ids += tokens
                 if not isinstance(part, str):
                     end_of_images = len(ids)
         places.append(len(self._suffix))
-        row, axes = np.array([*ids, *self._suffix], np.int32), positions(places) if images else None
+        row = np.array([*ids, *self._suffix], np.int32)
+        axes = positions(places) if images and self.prompt.axes else None
+        if not len(row):
+            raise BadSample("an empty text without images, around which the prompt has no tokens")
         if len(row) > self.max_tokens:
             kept = max(self.max_tokens - len(self._suffix), 0)
             if kept < end_of_images:
@@ -159,7 +194,7 @@ class QwenVLProcessor:
     @cached_property
     def _suffix(self) -> list[int]:
         """The prompt's end, with the tokenizer's own end tokens if it has some."""
-        ids: list[int] = self.tokenizer(SUFFIX)["input_ids"]
+        ids: list[int] = self.tokenizer(self.prompt.suffix)["input_ids"]
         return ids
 
     @cached_property
@@ -189,9 +224,10 @@ def _pair_times(frames: Sequence[Picture]) -> list[float]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Train Qwen2's byte-level BPE, with special tokens and at most `vocab_size` tokens, on the texts in the prompt."""
-    before = PREFIX.format(checks.INSTRUCTION)
+    chat = PROMPTS[CHAT]
+    before = chat.prefix.format(chat.instruction)
     return Qwen2Tokenizer().train_new_from_iterator(
-        (before + _MARK.sub("", text) + SUFFIX for text in texts),
+        (before + _MARK_AND_SPACE.sub("", text) + chat.suffix for text in texts),
         vocab_size,
         new_special_tokens=list(SPECIAL),
         show_progress=False,
@@ -211,10 +247,11 @@ def image_processor(config: Any, path: str) -> Qwen2VLImageProcessorPil:
     )
 
 
-def _require_tokens(path: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_tokens(path: str, config: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
     """Raise PipelineError if the prompt's marks are not tokens, or not those that the config names."""
     vocabulary = tokenizer.get_vocab()
-    if missing := [mark for mark in SPECIAL if mark not in vocabulary]:
+    its = re.findall(r"<\|\w+\|>", prompt.prefix + prompt.suffix)
+    if missing := [mark for mark in (*SPECIAL, *its) if mark not in vocabulary]:
         raise PipelineError(f"{path}: its tokenizer has no token {missing[0]}, of which the prompt is made")
     for name, mark in (("image_token_id", IMAGE_PAD), ("video_token_id", VIDEO_PAD), ("vision_start_token_id", START)):
         if getattr(config, name) != vocabulary[mark]:
