@@ -5,8 +5,8 @@
     python tools/convert_weights.py LLM2CLIP-EVA02-L-14-336.pt llm2clip-eva02 --text-encoder TEXT_ENCODER
     python tools/convert_weights.py microsoft/LLM2CLIP-Openai-L-14-336 llm2clip-openai --text-encoder TEXT_ENCODER
 
-Training accepts original LLaVE checkpoints (model.path=...); evaluation and embedding need a converted one. The
-conversion needs memory for the largest file of weights, or for all weights of an LLM2CLIP.
+All programs open original LLaVE checkpoints, of which they keep converted copies; this tool writes a folder to keep.
+The conversion needs memory for the largest file of weights, or for all weights of an LLM2CLIP.
 """
 
 import argparse
