@@ -27,8 +27,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
 SIDES = range(1, 7)
 
-# config.json of lmms-lab/llava-onevision-qwen2-7b-ov, without sizes. Some revisions have the model_type qwen2, as have
-# LLaVE-2B and Aquila-VL-2B-llava-qwen.
+# config.json of lmms-lab/llava-onevision-qwen2-7b-ov, without sizes. Earlier revisions of such models have model_type
+# qwen2, under which the hub lists LLaVE-2B and Aquila-VL-2B-llava-qwen, too.
 ONEVISION = {
     "_name_or_path": "lmms-lab/llava-onevision-qwen2-7b-ov",
     "architectures": ["LlavaQwenForCausalLM"],

@@ -340,6 +340,7 @@ def test_original_checkpoint_on_hub_is_converted_from_its_snapshot(folders, tmp_
     converted = Path(resolve("lab/original", tmp_path / "cache"))
     assert converted.name.startswith("original-") and same(stored(converted), stored(folders["grid"]))
     assert resolve("lab/converted", tmp_path / "cache") == "lab/converted"
+    assert training("llave").converts("lab/original") and not training("llave").converts("lab/converted")
     with pytest.raises(PipelineError, match="no model at 'lab/unknown'"):
         resolve("lab/unknown", tmp_path / "cache")
 
