@@ -216,8 +216,8 @@ def test_models_that_resemble_llave_are_refused_by_name(config, said, tmp_path):
         assert said in str(error.value) and "use a LLaVA-OneVision with Qwen2, such as" in str(error.value)
 
 
-def test_originals_that_tile_images_in_other_ways_are_refused(tmp_path):
-    """The first is llava-next-interleave-qwen-0.5b, the second LLaVA-Video-7B-Qwen2."""
+def test_originals_with_other_options_are_refused(tmp_path):
+    """The first is as in llava-next-interleave-qwen-0.5b."""
     for number, (fields, said) in enumerate(
         [
             ({"image_aspect_ratio": "anyres", "mm_newline_position": None}, "='anyres' is not supported"),
