@@ -1,4 +1,4 @@
-"""If the home is missing or read-only, point the caches of libraries to a private folder.
+"""The folders of caches. If the home is missing or read-only, those of libraries move to a private folder.
 
 Clusters mount homes read-only on compute nodes, and processes in containers may have none. Libraries that compile or
 download something then raise, some of them only after the model was loaded.
@@ -9,7 +9,7 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ _CACHES = {
 }
 _EXECUTED = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 _MAY_BE_READ_ONLY = ("HF_HOME",)  # it may hold all models already
+CACHE = "EMBEDDING_PIPELINE_CACHE"  # the variable with this project's own cache folder
 
 
 def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -30,11 +31,10 @@ def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) ->
     Call it before those libraries are imported.
     """
     unwritable = {}
-    for name, (above, default, below) in _CACHES.items():
-        path = environment.get(name) or os.path.join(environment.get(above) or default, below)  # noqa: PTH118
-        folder = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user without a home)
+    for name in _CACHES:
+        folder = _folder_of(name, environment)
         if not (
-            _is_writable(folder, executed=name in _EXECUTED)
+            is_writable(folder, executed=name in _EXECUTED)
             or (name in _MAY_BE_READ_ONLY and os.access(folder, os.R_OK | os.X_OK))
         ):
             unwritable[name] = folder
@@ -51,6 +51,19 @@ def replace_if_unwritable(environment: MutableMapping[str, str] = os.environ) ->
         )
 
 
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """This project's cache folder: by default it lies in Hugging Face's, where models have their place."""
+    own = environment.get(CACHE)
+    return Path(os.path.expanduser(own)) if own else _folder_of("HF_HOME", environment) / "embedding-pipeline"  # noqa: PTH111
+
+
+def _folder_of(name: str, environment: Mapping[str, str]) -> Path:
+    """The folder that a library's variable names, or its default."""
+    above, default, below = _CACHES[name]
+    path = environment.get(name) or os.path.join(environment.get(above) or default, below)  # noqa: PTH118
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for a user without a home)
+
+
 def expanded(text: str) -> str:
     """A path or URL, perhaps after NAME=, with `~` expanded. A shell does not expand every one.
 
@@ -65,7 +78,7 @@ def expanded(text: str) -> str:
     return name + expanded
 
 
-def _is_writable(folder: Path, executed: bool) -> bool:
+def is_writable(folder: Path, executed: bool = False) -> bool:
     """Whether the folder can be written or created; nothing is created.  executed: must programs run there?"""
     if str(folder).startswith("~"):
         return False

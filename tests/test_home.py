@@ -46,7 +46,7 @@ def test_only_rank_0_prints_the_warning(no_home, capsys):
 
 
 def test_writable_folders_and_readonly_model_cache_are_kept(no_home, monkeypatch):
-    monkeypatch.setattr(home, "_is_writable", lambda folder, executed: folder != no_home / "models")
+    monkeypatch.setattr(home, "is_writable", lambda folder, executed: folder != no_home / "models")
     (no_home / "models").mkdir()
     kept = {"HF_HOME": str(no_home / "models")}
     environment = dict(kept)

@@ -6,8 +6,8 @@
     python tools/convert_weights.py microsoft/LLM2CLIP-Openai-L-14-336 llm2clip-openai --text-encoder TEXT_ENCODER
     python tools/convert_weights.py VLM2Vec/VLM2Vec-V2.0 vlm2vec-v2 --adapters     # merged into their Qwen2-VL
 
-Training accepts original LLaVE checkpoints (model.path=...); evaluation and embedding need a converted one. The
-conversion needs memory for the largest file of weights, or for all weights of an LLM2CLIP or a VLM2Vec.
+All programs open original LLaVE checkpoints, of which they keep converted copies; this tool writes a folder to keep.
+The conversion needs memory for the largest file of weights, or for all weights of an LLM2CLIP or a VLM2Vec.
 """
 
 import argparse

@@ -73,7 +73,7 @@ class Embedder:
         chunk_tokens: int | None = None,
         video_fps: float | None = None,
     ) -> "Embedder":
-        """Load a model from a folder or hub name.
+        """Load a model from a folder or hub name. A checkpoint in LLaVE's original format is converted once.
 
         device: None: the accelerator, or else the CPU.
         precision: of the weights; "auto": as stored.

@@ -240,6 +240,12 @@ class SavedModelInterface(ABC):
     def owns(self, path: str, config: dict[str, Any]) -> bool:
         """Whether the model belongs to this family.  config: its config.json."""
 
+    def folder(self, path: str) -> Path:
+        """Return the local folder with the model in transformers' format; a published one may be converted for it."""
+        from pipeline.models.files import fetched
+
+        return fetched(path)
+
     @abstractmethod
     def dimension(self, path: str) -> int: ...
 

@@ -69,6 +69,8 @@ def config_dict(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise PipelineError(f"no model at {path!r}: it has no config.json")  # transformers would use its defaults
     values = read_json(file)
+    if why := released.refusal(values):
+        raise PipelineError(f"{file}: {why}")
     fields = released.fields_of(file.parent, values)
     values = {name: value for name, value in (values | fields).items() if name not in fields or value is not None}
     _refuse_code(file, values)

@@ -151,7 +151,8 @@ def _folder_of(path: str) -> Path:
             "each into its base model, and name the results"
         )
     if family := family_of(path):
-        family.dimension(path)  # raises the family's own errors, as for a folder to convert first
+        family.dimension(path)  # raises the family's own errors
+        return family.folder(path)
     return fetched(path)
 
 

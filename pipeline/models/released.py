@@ -1,11 +1,11 @@
-"""Published models whose config.json names code to run, and which a class of transformers computes just as well.
+"""Published models that are read in a way of their own, or refused by name.
 
-LLM2CLIP's text encoders (arXiv 2411.04997; microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and
-LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned on the hub): a Llama that attends both ways. They do not store their
-template, which stands in the code that uses them (llm2clip/data/extract_embedding.py; the model card of the 1B).
-
-GME (arXiv 2412.16855; Alibaba-NLP/gme-Qwen2-VL-2B-Instruct and -7B-Instruct on the hub): a Qwen2-VL. Its prompt stands
-in its code: modeling_gme_qwen2vl.py, and gme_inference.py before that, when config.json named no code.
+Some config.json name code to run, where a class of transformers computes just as well:
+- LLM2CLIP's text encoders (arXiv 2411.04997; microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and
+  LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned on the hub), a Llama that attends both ways. They do not store their
+  template, which stands in the code that uses them (llm2clip/data/extract_embedding.py; the model card of the 1B).
+- GME (arXiv 2412.16855; Alibaba-NLP/gme-Qwen2-VL-2B-Instruct and -7B-Instruct on the hub), a Qwen2-VL. Its prompt stands
+  in its code: modeling_gme_qwen2vl.py, and gme_inference.py before that, when config.json named no code.
 """
 
 from pathlib import Path
@@ -23,6 +23,29 @@ _TEXT_ENCODER = {
 _GME_CODE, _GME_SCRIPT = "modeling_gme_qwen2vl.", "gme_inference.py"
 _GME_CACHED = "models--Alibaba-NLP--gme-Qwen2-VL-"  # a folder in the hub's cache, into which no script is downloaded
 _TOKEN = 28**2  # pixels of a token of Qwen2-VL
+
+# Architectures that resemble supported ones: the model's name, and what differs.
+_REFUSED = {
+    "LLaVAOneVision1_5_ForConditionalGeneration": (
+        "LLaVA-OneVision-1.5",
+        "transformers does not have its vision encoder, and its decoder is Qwen3",
+    ),
+    "LlavaForConditionalGeneration": ("LLaVA-1.5 or LLaVA-Interleave", "it does not tile images"),
+    "LlavaNextForConditionalGeneration": ("LLaVA-NeXT", "it tiles images in another way, for another vision encoder"),
+    "LlavaLlamaForCausalLM": ("original LLaVA with a Llama", "the decoder must be Qwen2"),
+    "LlavaMistralForCausalLM": ("original LLaVA with a Mistral", "the decoder must be Qwen2"),
+}
+_INSTEAD = "use a LLaVA-OneVision with Qwen2, such as llava-hf/llava-onevision-qwen2-7b-ov-hf, or a Qwen3-VL"
+
+
+def refusal(config: dict[str, Any]) -> str:
+    """Return why a model is not supported and which are instead, if its config.json is of a known one; else ""."""
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if isinstance(name, str) and name in _REFUSED:
+            model, difference = _REFUSED[name]
+            return f"{model} ({name}) is not supported, because {difference}: {_INSTEAD}"
+    return ""
 
 
 def fields_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,10 @@ SILENCE_SECONDS = 120  # longer than a heartbeat and the time a network file sys
 _DEAD_SECONDS = 24 * 3600  # clocks do not differ by this much
 
 
+class InUse(PipelineError):
+    """Another process, which the message names, holds the lock."""
+
+
 @dataclass(frozen=True)
 class _Holder:
     """The process that wrote a lock file. born: its start time.  job: its Slurm job, and the number of the start."""
@@ -54,7 +58,7 @@ def held(folders: Iterable[str]) -> Iterator[None]:
     """Hold the locks of these folders while the block runs; any other process that asks for one of them is refused.
 
     Each process writes its own file before it looks for others. Two that start at once may both be refused, but never
-    are both admitted. Raises PipelineError that names the other process, and ObjectError if a file cannot be written.
+    are both admitted. Raises InUse that names the other process, and ObjectError if a file cannot be written.
     """
     own = [objects.join(folder, FOLDER, _name()) for folder in folders]
     ended = threading.Event()
@@ -82,7 +86,7 @@ def in_use(folder: str) -> str:
 
 
 def _refuse_others(own: list[str]) -> None:
-    """Raise PipelineError if a process with another lock file is alive; remove the files of dead processes.
+    """Raise InUse if a process with another lock file is alive; remove the files of dead processes.
 
     Waits for all uncertain processes at once.
     """
@@ -93,7 +97,7 @@ def _refuse_others(own: list[str]) -> None:
                 continue
             alive = _is_alive(holder)
             if alive:
-                raise PipelineError(_in_use(locks, process))
+                raise InUse(_in_use(locks, process))
             if alive is None:
                 uncertain[url] = process
             else:
@@ -113,7 +117,7 @@ def _refuse_others(own: list[str]) -> None:
             if now is None:
                 del uncertain[url]
             elif now != before[url]:
-                raise PipelineError(_in_use(url.rpartition("/")[0], process))
+                raise InUse(_in_use(url.rpartition("/")[0], process))
     for url in uncertain:
         objects.delete(url)
 

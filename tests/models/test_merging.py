@@ -276,7 +276,7 @@ def pickled(folder: Path) -> None:
         ("clip", renamed, "other is only in .*/changed; visual_projection.weight is only in .*/clip"),
         ("clip", weights(lambda name, each: each[..., :15] if name == "text_projection.weight" else each), "shape"),
         ("clip", pickled, "pytorch_model.bin is a pickle.*save_pretrained"),
-        ("llave", config(architectures=["LlavaQwenForCausalLM"]), "original checkpoint: convert it with tools/convert"),
+        ("llave", config(architectures=["LlavaQwenForCausalLM"]), "mm_projector_type='linear' is not supported"),
         ("clip", config(file="tokenizer.json"), None),  # written differently, and the same
         ("llave", config("text_config", rms_norm_eps=0.1), "text_config.rms_norm_eps is 1e-06 and 0.1"),
         ("llave", config(vision_aspect_ratio="anyres_max_4"), "vision_aspect_ratio is 'anyres_max_9' and 'anyres_max_"),

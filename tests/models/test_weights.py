@@ -25,8 +25,9 @@ from pipeline.models.llave import weights
 from pipeline.models.llave.checks import tiling
 from pipeline.models.llave.folder import save_folder
 from pipeline.models.llave.model import Llave
+from pipeline.models.llave.original import config_from, config_of, is_original
 from pipeline.models.llave.processor import LlaveProcessor
-from pipeline.models.llave.weights import config_of, convert_original, export_original, is_original, resolve
+from pipeline.models.llave.weights import convert_original, export_original, resolve
 from pipeline.models.registry import training
 from pipeline.training.export import write_folder
 
@@ -216,16 +217,16 @@ def test_null_config_fields_are_defaulted_or_refused(tmp_path):
 
     unread = ("mm_vision_select_feature", "mm_spatial_pool_stride", "mm_spatial_pool_mode", "mm_resampler_type")
     false = ("mm_use_im_start_end", "add_faster_video", "use_sliding_window")
-    assert weights._config(nulled("source", *unread, *false)).to_dict() == weights._config(GOLDEN).to_dict()
+    assert config_from(nulled("source", *unread, *false)).to_dict() == config_from(GOLDEN).to_dict()
     for name in ("projector_type", "patch_merge_type", "vision_select_layer", "newline_position"):
         with pytest.raises(PipelineError, match=rf"mm_{name}=\S+ is not supported"):
-            weights._config(nulled(name, f"mm_{name}"))
+            config_from(nulled(name, f"mm_{name}"))
 
 
 def test_original_checkpoint_is_recognized_by_its_architecture(folders, tmp_path):
     source = checkpoint(tmp_path / "source", model_type="llava")
     assert same(stored(Path(resolve(str(source), tmp_path / "cache"))), stored(folders["grid"]))
-    with pytest.raises(PipelineError, match="is an original checkpoint: convert it"):
+    with pytest.raises(PipelineError, match="is an original checkpoint, not one that"):
         Llave.load(str(source), "auto")
     assert is_original(checkpoint(tmp_path / "other", architectures=None))
     assert not is_original(folders["grid"])
@@ -253,7 +254,7 @@ def test_wrong_tensors_are_refused_by_name(tmp_path):
 def test_missing_vision_config_defaults_to_so400m(tmp_path):
     source = checkpoint(tmp_path / "source")
     (source / "vision_config.json").unlink()
-    vision = weights._config(source).vision_config
+    vision = config_from(source).vision_config
     assert (vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size) == (26, 1152, 4304)
     with pytest.raises(PipelineError, match=f"lacks .* of the model's tensors: {TOWER}encoder.layers.10"):
         convert_original(source, tmp_path / "hf")
@@ -339,6 +340,7 @@ def test_original_checkpoint_on_hub_is_converted_from_its_snapshot(folders, tmp_
     converted = Path(resolve("lab/original", tmp_path / "cache"))
     assert converted.name.startswith("original-") and same(stored(converted), stored(folders["grid"]))
     assert resolve("lab/converted", tmp_path / "cache") == "lab/converted"
+    assert training("llave").converts("lab/original") and not training("llave").converts("lab/converted")
     with pytest.raises(PipelineError, match="no model at 'lab/unknown'"):
         resolve("lab/unknown", tmp_path / "cache")
 

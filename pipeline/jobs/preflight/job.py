@@ -266,7 +266,7 @@ def model_bytes(job: Job) -> int:
     """The size of the export and, if the run creates or converts its initial model, of that."""
     assert job.plan
     path = job.recipe.model.path
-    made = path is None or (Path(path).is_dir() and training_of(job.recipe).converts(path))
+    made = path is None or training_of(job.recipe).converts(path)
     return (2 if made else 1) * sum(group.parameters for group in job.plan.groups) * _width(job.recipe)
 
 

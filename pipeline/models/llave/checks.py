@@ -73,7 +73,7 @@ def load_config(path: str, pinpoints: Pinpoints | None = None, newline: str | No
     """
     given = loading.config_dict(path)
     if is_original(given):
-        raise PipelineError(f"{path} is an original checkpoint: convert it with tools/convert_weights.py")
+        raise PipelineError(f"{path} is an original checkpoint, not one that tools/convert_weights.py has converted")
     if (kind := given.get("model_type")) != "llava_onevision":
         raise PipelineError(f"{path} is a {kind} model; expected llava_onevision")
     config = loading.config(path, LlavaOnevisionConfig)
@@ -91,7 +91,7 @@ def require_supported(file: Path, config: LlavaOnevisionConfig) -> None:
         tiled = all(type(length) is int and 0 < length <= 2**16 and length % side == 0 for length in lengths)
         tiled = tiled and bool(lengths) and all(len(size) == 2 for size in pinpoints)
         fields = (  # (name, value, whether it is supported, what is)
-            ("text_config.model_type", text.model_type, text.model_type == "qwen2", "qwen2"),
+            ("text_config.model_type", text.model_type, text.model_type == "qwen2", "qwen2, as in Qwen2 and Qwen2.5,"),
             ("vision_config.model_type", vision.model_type, vision.model_type == SIGLIP, SIGLIP),
             ("vision_config.patch_size", patch, patch <= side, f"at most the image_size, {side},"),
             ("vision_feature_layer", config.vision_feature_layer, config.vision_feature_layer == -1, "-1"),

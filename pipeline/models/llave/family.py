@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, Qwen2Tokenizer
+from transformers import PreTrainedConfig
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
@@ -20,7 +20,7 @@ from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedMod
 from pipeline.models.files import Tensors
 from pipeline.models.flops import StepFlops
 from pipeline.models.folder import finish, note_images
-from pipeline.models.llave import checks, weights
+from pipeline.models.llave import checks, original, weights
 from pipeline.models.llave.config import LlaveSection
 from pipeline.models.llave.flops import step_flops
 from pipeline.models.llave.folder import save_folder
@@ -38,9 +38,9 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
     unused = ("vision_tower.post_layernorm.",)  # the embedding reads the tower before its final norm
 
     def check(self, model: LlaveSection) -> None:
-        config = weights.config_of(model)
-        if model.path and weights.is_original(model.path):
-            loading.tokenizer(model.path, checks.text_of(config).vocab_size, Qwen2Tokenizer)
+        config = original.config_of(model)
+        if model.path and original.is_original(model.path):
+            original.load_processor(model.path, model.max_tokens)
         elif model.path:
             loading.check_weights(model.path, Llave, config)
             LlaveProcessor.load(model.path, model.max_tokens)
@@ -48,8 +48,8 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
 
     def conditions(self, model: LlaveSection) -> dict[str, Any]:
         path, given = model.path, dict[str, str]()
-        if path and weights.is_original(path):
-            given, path = weights.readings(path), None
+        if path and original.is_original(path):
+            given, path = original.readings(path), None
         return super().conditions(model) | {
             "model.images": image_reading(path, model.images or given.get(IMAGES)),
             "model.marks": mark_reading(path, model.marks or given.get(MARKS)),
@@ -57,11 +57,11 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         }
 
     def converts(self, path: str) -> bool:
-        return weights.is_original(path)
+        return original.is_original(path)
 
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
         section = self.section(recipe)
-        config, batch, trained = weights.config_of(section), recipe.batch, bool(section.train.vision_tower)
+        config, batch, trained = original.config_of(section), recipe.batch, bool(section.train.vision_tower)
         with torch.device("meta"):
             model, frozen = self._llave(recipe)(config), None if trained else FrozenTower(config)
         tile_tokens = tokens_per_tile(checks.tiling(config), videos)
@@ -80,7 +80,7 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         return ModelMemory(model, frozen, chunk)
 
     def lengths(self, recipe: Recipe) -> Lengths:
-        return Lengths(checks.tiling(weights.config_of(self.section(recipe))), recipe.video.frames)
+        return Lengths(checks.tiling(original.config_of(self.section(recipe))), recipe.video.frames)
 
     def resolve(self, path: str, cache: Path) -> str:
         return weights.resolve(path, cache)
@@ -96,10 +96,10 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         return replace(processor, scaled_jpeg=recipe.data.scaled_jpeg)
 
     def decoder(self, recipe: Recipe) -> PreTrainedConfig:
-        return checks.text_of(weights.config_of(self.section(recipe)))
+        return checks.text_of(original.config_of(self.section(recipe)))
 
     def towers(self, recipe: Recipe) -> Sequence[PreTrainedConfig]:
-        return [checks.vision_of(weights.config_of(self.section(recipe)))]
+        return [checks.vision_of(original.config_of(self.section(recipe)))]
 
     def load(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._llave(recipe).load(path, DTYPES[recipe.precision], attention=attention, **self._own(recipe))
@@ -149,18 +149,23 @@ class SavedLlave(SavedModelInterface):
     instructed = True
 
     def owns(self, path: str, config: dict[str, Any]) -> bool:
-        # `load_config` raises an error for an original checkpoint that says how to convert it.
         return config.get("model_type") == "llava_onevision" or checks.is_original(config)
 
+    def folder(self, path: str) -> Path:
+        return weights.opened(path)
+
     def dimension(self, path: str) -> int:
-        return int(checks.text_of(checks.load_config(path)).hidden_size)
+        return int(checks.text_of(original.open_config(path)).hidden_size)
 
     def reader(self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None) -> Processor:
+        if original.is_original(path):
+            return original.load_processor(path, max_tokens, video_frames, video_fps)
         return LlaveProcessor.load(path, max_tokens, video_frames, video_fps=video_fps)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
-        attention = choose("auto", device.type, DTYPES[precision], checks.load_config(path))
-        model = Llave.load(path, DTYPES[precision], attention=attention)
+        folder = str(self.folder(path))
+        attention = choose("auto", device.type, DTYPES[precision], checks.load_config(folder))
+        model = Llave.load(folder, DTYPES[precision], attention=attention)
         return model.eval().requires_grad_(False).to(device), None
 
 

@@ -85,7 +85,7 @@ class LlaveProcessor:
         """
         config = load_config(path, pinpoints, newline)
         tokenizer = loading.tokenizer(path, text_of(config).vocab_size)
-        _require_marks(path, config, tokenizer)
+        require_marks(path, config, tokenizer)
         _require_image_processor(path, config)
         ids = config.image_token_id, config.video_token_id
         as_stored, published = reads_as_stored(path, images), mark_reading(path, marks) == "published"
@@ -201,7 +201,7 @@ def mark_reading(path: str | None, marks: str | None = None) -> str:
     return loading.recorded(path, MARKS, ("mended", "published"), marks)
 
 
-def _require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_marks(path: str, config: LlavaOnevisionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise PipelineError if the prompt's turn marks, or the image and video marks, are not separate tokens."""
     vocabulary = tokenizer.get_vocab()
     if missing := [mark for mark in _TURNS if mark not in vocabulary]:

@@ -1,7 +1,6 @@
 """Convert between original LLaVE checkpoints and Hugging Face folders, one weight file at a time.
 
-The original format is LLaVA-NeXT's: a config.json with architecture LlavaQwenForCausalLM, and .safetensors or .bin
-files with its tensor names. One file is in memory at a time, and only tensors are unpickled.
+One file is in memory at a time, and only tensors are unpickled. original.py describes the original format.
 """
 
 import hashlib
@@ -12,34 +11,29 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    AddedToken,
-    LlavaOnevisionConfig,
-    LlavaOnevisionModel,
-    Qwen2Config,
-    Qwen2Tokenizer,
-    SiglipVisionConfig,
-)
+from transformers import LlavaOnevisionConfig, LlavaOnevisionModel
 
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.errors import PipelineError, first_few
 from pipeline.models import loading
-from pipeline.models.files import (
-    Stored,
-    Tensors,
-    fetched,
-    read_json,
-    read_tensors,
-    survey,
-    weight_files,
-)
+from pipeline.models.converted import converted_once
+from pipeline.models.files import Stored, Tensors, fetched, read_tensors, survey, weight_files
 from pipeline.models.folder import finish
 from pipeline.models.llave import checks
-from pipeline.models.llave.checks import load_config, text_of, vision_of, with_own
-from pipeline.models.llave.config import LlaveSection
+from pipeline.models.llave.checks import load_config, text_of, vision_of
 from pipeline.models.llave.model import save_image_processor
+from pipeline.models.llave.original import (
+    CHOICES,
+    SO400M,
+    TEXT,
+    VISION,
+    config_from,
+    is_original,
+    marked_tokenizer,
+    readings,
+)
 from pipeline.models.llave.processor import MARKS
-from pipeline.models.loading import IMAGES, checked, reading
+from pipeline.models.loading import IMAGES, reading
+from pipeline.progress import progress_bar
 from pipeline.storage.atomic import remove_leftovers, replacing
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first match applies.
@@ -52,77 +46,17 @@ _PREFIXES = (
 )
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Options of the original: (LLaVE's value, the original's default if its config lacks the field or has null).
-_CHOICES = {
-    "mm_projector_type": ("mlp2x_gelu", "linear"),
-    "mm_patch_merge_type": ("spatial_unpad", "flat"),
-    "mm_vision_select_layer": (-2, None),
-    "mm_vision_select_feature": ("patch", "patch"),
-    "mm_spatial_pool_mode": ("bilinear", "bilinear"),
-    "mm_spatial_pool_stride": (2, 2),
-    "mm_resampler_type": (None, None),
-    "mm_use_im_start_end": (False, False),
-    "add_faster_video": (False, False),
-    "use_sliding_window": (False, False),
-}
-# Fields of the language model's shape. The original ignores rope_scaling.
-_TEXT = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
-_SO400M = "siglip-so400m-patch14-384"
-_SO400M_SHAPE = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
-_VISION = (*_SO400M_SHAPE, "hidden_act", "layer_norm_eps")
-
-
-def is_original(path: str | Path) -> bool:
-    """Whether a folder or hub name is an original checkpoint. Raises PipelineError if its config.json is damaged."""
-    config = fetched(str(path), weights=False) / "config.json"
-    return config.is_file() and checks.is_original(read_json(config))
-
-
-def readings(path: str | Path) -> dict[str, str]:
-    """Return how an original checkpoint reads images and marks, as fields of a config.json.
-
-    `export_original` writes these fields. A trained LLaVE, in whose config its own code writes alpha and logit_scale
-    (llava/model/llava_arch.py:98), reads as that code does. The config of another checkpoint, such as the
-    LLaVA-OneVision it began with, does not say it.
-    """
-    config = read_json(fetched(str(path), weights=False) / "config.json")
-    trained = {IMAGES: "as_stored", MARKS: "published"} if {"alpha", "logit_scale"} <= config.keys() else {}
-    return {name: config[name] for name in (IMAGES, MARKS) if name in config} or trained
-
 
 def resolve(path: str, cache: Path) -> str:
     """Return a folder or hub name for `Llave.load`: `path`, or the folder in `cache` with the converted original.
 
-    An original is converted once, and again if the size or time of one of its files changes.
+    An original is converted once, and again if the size or time of one of its files changes. One process at a time may
+    call this.
     """
     if not is_original(path):
         return path
     source = fetched(path)
-    files = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(source.resolve().iterdir())
-        if file.exists()
-    ]
-    fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-    converted = cache / f"{Path(path).resolve().name}-{fingerprint}"
+    converted = cache / f"{Path(path).resolve().name}-{_stamp(source)}"
     if not converted.exists():
         remove_leftovers(cache)
         with replacing(converted, durable=False) as partial:
@@ -130,15 +64,34 @@ def resolve(path: str, cache: Path) -> str:
     return str(converted)
 
 
-def config_of(model: LlaveSection) -> LlavaOnevisionConfig:
-    """Return the config of the recipe's model without loading or building the model."""
-    pinpoints, newline = model.image_grid_pinpoints, model.mm_newline_position
-    if model.architecture:
-        return with_own(checks.config_of_architecture(model.architecture), None, newline)
-    assert model.path
-    original = is_original(model.path)
-    config = _config(fetched(model.path, weights=False)) if original else load_config(model.path)
-    return with_own(config, pinpoints, newline)
+def opened(path: str) -> Path:
+    """Return the folder for `Llave.load`: the model's own, or that of an original's copy, which any process may make.
+
+    Raises PipelineError as `convert_original` and `converted_once` do.
+    """
+    source = fetched(path)
+    if not is_original(source):
+        return source
+    size = sum(file.stat().st_size for file in weight_files(source))
+    return converted_once(_copy_name(source), size, lambda folder: convert_original(source, folder))
+
+
+def _copy_name(source: Path) -> str:
+    """Return the name of a copy's folder in the cache: it has the hub's commit, or else the stamp."""
+    source = source.resolve()
+    if source.parent.name == "snapshots":  # .../models--OWNER--NAME/snapshots/COMMIT, to which files may be added later
+        return f"{source.parent.parent.name.rpartition('--')[2]}-{source.name[:16]}"
+    return f"{source.name}-{_stamp(source)}"
+
+
+def _stamp(source: Path) -> str:
+    """Return a hash of the names, sizes and times of a folder's files."""
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(source.resolve().iterdir())
+        if file.exists()
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 def convert_original(source: Path, folder: Path) -> None:
@@ -153,17 +106,12 @@ def convert_original(source: Path, folder: Path) -> None:
     """
     if not is_original(source):
         raise PipelineError(f"{source} is not an original checkpoint: its config.json is not of a {checks.ORIGINAL}")
-    config = _config(source)
+    config = config_from(source)
     text = text_of(config)
     files, stored = weight_files(source), survey(source)
     _check(source, config, {name: tensor for name, tensor in stored.items() if name != _LM_HEAD}, _original)
-    tokenizer = loading.tokenizer(str(source), text.vocab_size, Qwen2Tokenizer)
-    marks = [AddedToken(mark, special=True, normalized=False) for mark in (IMAGE_MARK, VIDEO_MARK)]
-    tokenizer.add_tokens(marks, special_tokens=True)
-    ids = cast(list[int], tokenizer.convert_tokens_to_ids([IMAGE_MARK, VIDEO_MARK]))
-    config.image_token_id, config.video_token_id = ids
     rows = text.vocab_size
-    text.vocab_size = max(rows, config.image_token_id + 1, config.video_token_id + 1)
+    tokenizer = marked_tokenizer(source, config)
 
     def renamed(tensors: Tensors) -> Tensors:
         tensors.pop(_LM_HEAD, None)
@@ -206,20 +154,20 @@ def export_original(folder: Path, out: Path) -> None:
     _new_folder(out)
     _rewrite(files, out, renamed)
     loading.tokenizer(str(folder)).save_pretrained(out)
-    tower = {name: getattr(vision, name) for name in _VISION}
+    tower = {name: getattr(vision, name) for name in VISION}
     tower |= {"model_type": "siglip_vision_model", "num_hidden_layers": vision.num_hidden_layers + 1}
     _write_json(out / "vision_config.json", tower)
     original = {
         "architectures": [checks.ORIGINAL],
         "model_type": "llava_qwen",
-        **{name: getattr(text, name) for name in _TEXT},
+        **{name: getattr(text, name) for name in TEXT},
         "rope_theta": rope["rope_theta"],
         "torch_dtype": str(stored[_transformers(_EMBEDDING)].dtype).removeprefix("torch."),
-        **{name: value for name, (value, _) in _CHOICES.items()},
+        **{name: value for name, (value, _) in CHOICES.items()},
         "use_mm_proj": True,
         "mm_use_im_patch_token": False,
         "mm_hidden_size": vision.hidden_size,
-        "mm_vision_tower": f"google/{_SO400M}",
+        "mm_vision_tower": f"google/{SO400M}",
         # Without mm_vision_tower in this list the original reads the tower from the hub, not from the checkpoint.
         "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
         "mm_newline_position": checks.newline_position(config),
@@ -231,54 +179,6 @@ def export_original(folder: Path, out: Path) -> None:
     }
     _write_json(out / "config.json", original)
     finish(out)
-
-
-def _config(source: Path) -> LlavaOnevisionConfig:
-    """Return transformers' config for an original checkpoint, without the token ids of the image and video marks."""
-    file = source / "config.json"
-    original = checked(file, read_json(file))
-    for name, (supported, default) in _CHOICES.items():
-        given = default if original.get(name) is None else original[name]
-        if given != supported:
-            raise PipelineError(f"{file}: {name}={given!r} is not supported; {supported!r} is")
-    pinpoints = original.get("image_grid_pinpoints")
-    if not isinstance(pinpoints, list) or not all(isinstance(size, list) for size in pinpoints):
-        raise PipelineError(f"{file}: image_grid_pinpoints is not a list of [width, height]")
-    if missing := [name for name in (*_TEXT, "rope_theta") if name not in original]:
-        raise PipelineError(f"{file} lacks {', '.join(missing)}")
-    rope = {"rope_type": "default", "rope_theta": original["rope_theta"]}
-    tokens: dict[str, Any] = {name: original.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with reading(file):
-        config = LlavaOnevisionConfig(
-            vision_config=_tower_config(source, original),
-            text_config=Qwen2Config(**{name: original[name] for name in _TEXT}, rope_parameters=rope, **tokens),
-            # The original writes width before height, transformers height before width.
-            image_grid_pinpoints=[size[::-1] for size in pinpoints],
-            vision_aspect_ratio=str(original.get("image_aspect_ratio")),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            architectures=["LlavaOnevisionModel"],
-        )
-    config.mm_newline_position = original.get("mm_newline_position", checks.NEWLINES[0])
-    checks.require_supported(file, config)
-    return config
-
-
-def _tower_config(source: Path, original: dict[str, Any]) -> SiglipVisionConfig:
-    """Return the tower's config without the last layer, from vision_config.json or else with SO400M's shape."""
-    file = source / "vision_config.json"
-    name = str(original.get("mm_vision_tower"))
-    if file.is_file():
-        given = checked(file, read_json(file))
-        shape = {name: given[name] for name in _VISION if name in given}
-    elif Path(name).name == _SO400M:
-        shape = _SO400M_SHAPE
-    else:
-        raise PipelineError(f"{source}: mm_vision_tower={name!r} is not {_SO400M}; put its config at {file}")
-    with reading(file if file.is_file() else source / "config.json"):
-        config = SiglipVisionConfig(**shape, vision_use_head=False)  # type: ignore[call-arg]  # read, not declared
-    config.num_hidden_layers -= 1
-    return config
 
 
 def _check(
@@ -313,14 +213,17 @@ def _rewrite(files: list[Path], folder: Path, renamed: Callable[[Tensors], Tenso
     """Write a .safetensors file with `renamed` tensors for each file, and an index if there are several."""
     weight_map: dict[str, str] = {}
     total = 0
-    for number, file in enumerate(files, 1):
-        single = len(files) == 1
-        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {key: tensor.contiguous() for key, tensor in renamed(read_tensors(file)).items()}
-        save_file(tensors, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        del tensors  # before the next file is mapped
+    size = sum(file.stat().st_size for file in files)
+    with progress_bar(total=size, desc="converting", unit="B", unit_scale=True) as bar:
+        for number, file in enumerate(files, 1):
+            single = len(files) == 1
+            name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            tensors = {key: tensor.contiguous() for key, tensor in renamed(read_tensors(file)).items()}
+            save_file(tensors, folder / name, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            del tensors  # before the next file is mapped
+            bar.update(file.stat().st_size)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
