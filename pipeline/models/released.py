@@ -4,7 +4,7 @@ Some config.json name code to run, where a class of transformers computes just a
 - LLM2CLIP's text encoders (arXiv 2411.04997; microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and
   LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned on the hub), a Llama that attends both ways. They do not store their
   template, which stands in the code that uses them (llm2clip/data/extract_embedding.py; the model card of the 1B).
-- GME (arXiv 2412.16855; Alibaba-NLP/gme-Qwen2-VL-2B-Instruct and -7B-Instruct on the hub), a Qwen2-VL. Its prompt stands
+- GME (arXiv 2412.16855; Alibaba-NLP/gme-Qwen2-VL-2B-Instruct and -7B-Instruct on the hub), a Qwen2-VL. Its prompt is
   in its code: modeling_gme_qwen2vl.py, and gme_inference.py before that, when config.json named no code.
 """
 
