@@ -91,12 +91,15 @@ class TrainingInterface(ABC, Generic[S]):
 
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
     adapted: the model's attribute that gets LoRA adapters if a recipe sets them.
+    unnamed: prefix of parameters' names that the names in transformers' model lack; None if adapters cannot be exported
+        unmerged.
     stages: supported ZeRO stages.
     estimates_memory: whether `memory` is implemented.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
     adapted: ClassVar[str] = ""
+    unnamed: ClassVar[str | None] = ""
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     estimates_memory: ClassVar[bool] = False
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import torch
 
-from pipeline.models import loading
+from pipeline.models import loading, sentence_transformers
 from pipeline.models.files import fetched
 from pipeline.models.folder import finish, write_card
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.model import QwenVL
-from pipeline.models.qwen_vl.processor import PREFIX, SUFFIX, image_processor
+from pipeline.models.qwen_vl.processor import END, IMAGE_PAD, PREFIX, START, SUFFIX, image_processor
 
-# Files that transformers' own processor reads besides tokenizer and image processor.
-_OTHERS = ("video_preprocessor_config.json", "chat_template.json", "chat_template.jinja")
+_VIDEOS = "video_preprocessor_config.json"  # transformers' own processor reads it
 
 
 def save_folder(
@@ -26,12 +25,16 @@ def save_folder(
     """
     settings, whole = checks.Settings.of(model.config, source), checks.version(model.config).whole.__name__
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
-    loading.tokenizer(source).save_pretrained(folder)
+    tokenizer, prompt = loading.tokenizer(source), (PREFIX.split("{}")[0], PREFIX.split("{}")[1])
+    tokenizer.chat_template = sentence_transformers.chat_template(
+        prompt, SUFFIX, settings.instruction, START + IMAGE_PAD + END, strips=True
+    )
+    tokenizer.save_pretrained(folder)
     image_processor(model.config, source).save_pretrained(folder)
-    files = fetched(source, weights=False)
-    for name in _OTHERS:
-        if (files / name).is_file():
-            shutil.copyfile(files / name, folder / name)
+    if (videos := fetched(source, weights=False) / _VIDEOS).is_file():
+        shutil.copyfile(videos, folder / _VIDEOS)
+    reads = sentence_transformers.messages("text", "image", special_tokens=True)
+    sentence_transformers.write(folder, reads, "lasttoken", model.dimension, settings.instruction)
     card = Path(__file__).with_name("card.md.jinja")
     prefix, suffix = repr(PREFIX.format(settings.instruction)), repr(SUFFIX)
     write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix)

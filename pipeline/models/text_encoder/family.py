@@ -35,6 +35,7 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     """LLM2CLIP's first stage: trains a decoder as a text encoder with a contrastive loss on pairs of captions."""
 
     adapted = "language_model"
+    unnamed: ClassVar[str | None] = "language_model."
     _model: ClassVar[type[TextEncoder]] = TextEncoder
     _decoder: ClassVar[type[_BaseAutoModelClass]] = AutoModel
 
@@ -111,6 +112,7 @@ class MaskedTraining(TextEncoderTraining):
     An export is a decoder with its LM head. It is not trained as an embedder.
     """
 
+    unnamed = None  # an export is another training's initial model
     _model = MaskedLanguageModel
     _decoder = AutoModelForCausalLM
 

@@ -1,0 +1,207 @@
+"""Exports loaded by sentence-transformers: its vectors are those of `Embedder`."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+from sentence_transformers import SentenceTransformer
+from test_exports_elsewhere import MARKS, mark
+from test_qwen_vl import ARCHITECTURES
+from test_text_encoder import PAPER
+from transformers import AutoModelForCausalLM, BaseVideoProcessor, Qwen2Tokenizer
+from transformers.models.auto import video_processing_auto
+from transformers.utils import is_torchvision_available
+
+from pipeline.embedding.embedder import Embedder
+from pipeline.models.clip import model as clip
+from pipeline.models.clip.config import ClipArchitecture
+from pipeline.models.llave.folder import save_folder as save_llave
+from pipeline.models.llave.model import Llave
+from pipeline.models.qwen_vl.config import QwenVLArchitecture
+from pipeline.models.qwen_vl.folder import save_folder as save_qwen
+from pipeline.models.qwen_vl.model import QwenVL
+from pipeline.models.qwen_vl.model import build as build_qwen
+from pipeline.models.text_encoder import model as decoder
+from pipeline.models.text_encoder.model import TextEncoder
+from pipeline.models.text_encoder.processor import Settings, TextProcessor
+
+TOLERANCE = 1e-5
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXTS = ["a small red star at the top left", "A", "a longer text " * 9, " white space ", 'quotes "so" \\ {x} {{ y }}']
+CORPUS = [*TEXTS, "Represent the given image.", "a large blue ring", "A cat and a dog"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def videos_without_torchvision():
+    """A processor of videos needs torchvision, which no test needs; transformers makes one with every processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_torchvision_available():
+            patch.setattr(video_processing_auto, "AutoVideoProcessor", _NoVideos)
+        yield
+
+
+class _NoVideos:
+    @staticmethod
+    def from_pretrained(*_: Any, **__: Any) -> BaseVideoProcessor:
+        return object.__new__(BaseVideoProcessor)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Picture.Image:
+    return Picture.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(model: SentenceTransformer, items: Sequence[Any], **options: Any) -> torch.Tensor:
+    return model.encode(list(items), convert_to_tensor=True, batch_size=3, **options).cpu()
+
+
+def opened(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def randomised(model: torch.nn.Module) -> None:
+    """Change norms and biases, which begin as ones and zeros."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.2)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def qwen(request, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp(request.param)
+    build_qwen(QwenVLArchitecture(model_type=request.param, **ARCHITECTURES[request.param]), CORPUS, 1, root / "base")
+    model = QwenVL.load(str(root / "base"), torch.float32)
+    randomised(model)
+    (root / "out").mkdir()
+    save_qwen(model, dict(model.named_parameters()), str(root / "base"), root / "out")
+    return root / "out"
+
+
+def test_qwen_vl_texts_and_images(qwen):
+    model, ours = opened(qwen), Embedder.load(qwen)
+    assert_same(encoded(model, TEXTS), ours.embed(TEXTS))
+    pictures = [picture(48, 48), picture(130, 31, 1), picture(9, 5, 2), picture(2, 300, 3)]
+    assert_same(encoded(model, pictures), ours.embed(pictures))
+    beside = [(text, [picture(40, 66, number)]) for number, text in enumerate(TEXTS)]
+    beside.append(("two images", [picture(24, 30, 8), picture(66, 40, 9)]))
+    given = [{"text": text, "image": images if len(images) > 1 else images[0]} for text, images in beside]
+    expected = ours.embed([{"text": text, "images": images} for text, images in beside])
+    assert_same(encoded(model, given), expected)
+    assert_same(encoded(model, [dict(reversed(item.items())) for item in given]), expected)
+    assert_same(
+        encoded(model, [TEXTS[0], pictures[0], given[1]]),
+        torch.stack([ours.embed(TEXTS[:1])[0], ours.embed(pictures[:1])[0], expected[1]]),
+    )
+
+
+def test_qwen_vl_prompt_is_the_system_turn(qwen, tmp_path):
+    model = opened(qwen)
+    assert model.prompts["query"] == "Represent the user's input."
+    shutil.copytree(qwen, tmp_path / "other")
+    config = json.loads((qwen / "config.json").read_text())
+    config["embedding"]["instruction"] = "Find the picture."
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    expected = Embedder.load(tmp_path / "other").embed(TEXTS)
+    assert_same(encoded(model, TEXTS, prompt="Find the picture."), expected)
+    assert (expected - encoded(model, TEXTS)).abs().max() > 100 * TOLERANCE
+
+
+def test_qwen_vl_long_texts_keep_the_prompts_end(qwen):
+    model = opened(qwen)
+    model.max_seq_length = 64
+    text = "a longer text " * 99
+    assert_same(encoded(model, [text, "A"]), Embedder.load(qwen, max_tokens=64).embed([text, "A"]))
+
+
+def test_videos_are_refused(qwen):
+    with pytest.raises(Exception, match="part of type video, which this folder does not read"):
+        opened(qwen).encode([{"video": np.zeros((2, 3, 24, 24), np.uint8)}])
+
+
+@pytest.fixture(scope="module")
+def llave(tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llave") / "out"
+    model = Llave.load(tiny_model, torch.float32)
+    randomised(model)
+    save_llave(model, dict(model.named_parameters()), tiny_model, folder)
+    return folder
+
+
+def test_llave_texts_and_images(llave):
+    model, ours = opened(llave), Embedder.load(llave)
+    assert_same(encoded(model, TEXTS), ours.embed(TEXTS))
+    assert_same(encoded(model, ["a star"], prompt="Find: "), ours.embed(["Find: a star"]))
+    pictures = [picture(48, 48), picture(130, 31, 1), picture(9, 5, 2), picture(20, 99, 3), picture(47, 31, 4)]
+    assert_same(encoded(model, pictures), ours.embed(pictures))
+    given = [{"text": text, "image": picture(40, 66, number)} for number, text in enumerate(TEXTS)]
+    expected = [{"text": item["text"], "images": [item["image"]]} for item in given]
+    assert_same(encoded(model, given), ours.embed(expected))
+    two = [picture(24, 30, 8), picture(66, 40, 9)]
+    assert_same(encoded(model, [{"image": two, "text": "two"}]), ours.embed([{"text": "two", "images": two}]))
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("decoders") / "plain"
+    text = SIZES | {"num_key_value_heads": 2, "vocab_size": 400}
+    decoder.build(text, CORPUS, 0, folder, AutoModelForCausalLM)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        CORPUS, 280, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def saved(base: Path, out: Path, settings: Settings) -> Path:
+    model = TextEncoder.load(str(base), torch.float32)
+    randomised(model)
+    decoder.save(model, dict(model.named_parameters()), str(base), out, None, settings)
+    return out
+
+
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("instruction", ["", "Represent:\n"])
+def test_text_encoder_with_any_tokens_of_its_tokenizer(marks, instruction, decoders, tmp_path):
+    shutil.copytree(decoders, tmp_path / "base")
+    mark(tmp_path / "base", marks)
+    folder = saved(tmp_path / "base", tmp_path / "out", Settings(instruction=instruction))
+    texts = [text.strip() for text in TEXTS]
+    assert_same(encoded(opened(folder), texts), Embedder.load(folder).embed(texts))
+
+
+@pytest.mark.parametrize("instruction", ["", "Retrieve:\n\n"])
+def test_text_encoder_in_a_chat_template(instruction, tmp_path):
+    folder = saved(PAPER / "text_encoder", tmp_path / "out", Settings(instruction=instruction, template="llama3"))
+    assert_same(encoded(opened(folder), TEXTS[:3]), Embedder.load(folder).embed(TEXTS[:3]))
+
+
+def test_instruction_that_merges_with_texts_is_not_exported(decoders, tmp_path):
+    """Here instruction and text are tokenized apart, in sentence-transformers together."""
+    settings = Settings(instruction="Represent: ")
+    folder = saved(decoders, tmp_path / "out", settings)
+    assert not (folder / "modules.json").exists()
+    assert "sentence-transformers would" in (folder / "README.md").read_text()
+    assert TextProcessor.load(str(folder), 64).instruction == "Represent: "
+
+
+def test_clip_texts_and_images(tmp_path):
+    vision = SIZES | {"image_size": 24, "patch_size": 8, "projection_dim": 20}
+    text = SIZES | {"vocab_size": 600, "max_position_embeddings": 20}
+    clip.build(ClipArchitecture(vision=vision, text=text), CORPUS, 0, tmp_path / "base")
+    model = clip.Clip.load(str(tmp_path / "base"), torch.float32)
+    randomised(model)
+    clip.save(model, str(tmp_path / "base"), tmp_path / "out")
+    ours, theirs = Embedder.load(tmp_path / "out"), opened(tmp_path / "out")
+    assert_same(encoded(theirs, TEXTS), ours.embed(TEXTS))
+    pictures = [picture(48, 48), picture(130, 31, 1), picture(20, 99, 3)]
+    assert_same(encoded(theirs, pictures), ours.embed(pictures))
