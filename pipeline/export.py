@@ -15,7 +15,7 @@ in fp32 (all but the tower: 28 GB more) or, with adapters, of the weights that t
 import argparse
 import shutil
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import transformers
@@ -75,7 +75,7 @@ def main() -> None:
     shutil.rmtree(unverified, ignore_errors=True)
     if arguments.adapters:
         write_adapters(model, recipe, source, unverified)
-        _check_adapters(model, cast(str, family.unnamed), unverified)
+        _check_adapters(model, family.unmerged(source), unverified)
         unverified.rename(out)
         print(f"{out}: adapters of {folder.name} of {run}; with their base model, the checkpoint's weights")
         return
@@ -93,12 +93,12 @@ def main() -> None:
     print(f"{out}: {folder.name} of {run}, {count / 1e9:.2f} B parameters in {recipe.precision}, cosine {cosine:.6f}")
 
 
-def _check_adapters(model: torch.nn.Module, unnamed: str, folder: Path) -> None:
+def _check_adapters(model: torch.nn.Module, prefix: str, folder: Path) -> None:
     """Raise PipelineError unless transformers loads the model's weights from a folder of adapters and their base."""
     dtype = next(model.parameters()).dtype
     found = dict(AutoModel.from_pretrained(folder, dtype=dtype).named_parameters())
     for name, parameter in model.named_parameters():
-        theirs = found.get(name.removeprefix(unnamed))
+        theirs = found.get(name.removeprefix(prefix))
         if theirs is None or not torch.equal(theirs.float(), parameter.float()):  # peft keeps adapters in float32
             raise PipelineError(f"{folder} and its base model do not give the checkpoint's {name}: not for use")
 

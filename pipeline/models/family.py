@@ -91,15 +91,12 @@ class TrainingInterface(ABC, Generic[S]):
 
     unused: prefixes of parameters that get no gradient, because no embedding depends on them.
     adapted: the model's attribute that gets LoRA adapters if a recipe sets them.
-    unnamed: prefix of parameters' names that the names in transformers' model lack; None if adapters cannot be exported
-        unmerged.
     stages: supported ZeRO stages.
     estimates_memory: whether `memory` is implemented.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
     adapted: ClassVar[str] = ""
-    unnamed: ClassVar[str | None] = ""
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     estimates_memory: ClassVar[bool] = False
 
@@ -140,6 +137,14 @@ class TrainingInterface(ABC, Generic[S]):
     @abstractmethod
     def save(self, recipe: Recipe, model: "nn.Module", weights: "Tensors", source: str, folder: Path) -> None:
         """Write an export: `weights` with the tokenizer and image processor of `source`, and a model card."""
+
+    def unmerged(self, source: str) -> str:
+        """Return the prefix of the model's parameters' names that the names in transformers' model lack.
+
+        source: the model that adapters were trained on.  Raises PipelineError if these adapters with transformers' model
+        of `source` are not the trained model.
+        """
+        return ""
 
     def empty(self, recipe: Recipe, path: str, attention: str) -> "nn.Module":
         """Return the model of `load` without weights, to be partitioned by ZeRO-3."""

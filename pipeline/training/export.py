@@ -51,11 +51,12 @@ def write_adapters(model: torch.nn.Module, recipe: Recipe, source: str, folder: 
     """Write a model's adapters, unmerged, to a folder in peft's format atomically, in one process.
 
     It has the tokenizer and all else of an export, but weights and config.json, which are those of the base model.
-    Raises PipelineError if the recipe trains no adapters, or more than adapters.
+    Raises PipelineError if the recipe trains no adapters, or more than adapters, or a model that needs more than them.
     """
     lora, family = recipe.model.train.adapters, training_of(recipe)
-    if lora is None or family.unnamed is None:
-        raise PipelineError("--adapters is for a run that trained an embedder's adapters: export without it")
+    if lora is None:
+        raise PipelineError("--adapters: this run trained no adapters: export without --adapters")
+    prefix = family.unmerged(source)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if more := next((name for name in weights if not is_adapter(name)), None):
         raise PipelineError(
@@ -69,7 +70,7 @@ def write_adapters(model: torch.nn.Module, recipe: Recipe, source: str, folder: 
         family.save(recipe, model, {}, source, partial)
         note_sizes(partial, cast(int, model.dimension), recipe.objective.sizes, recipe.objective.rounding)
         (partial / "config.json").unlink()  # transformers would take the folder for a whole model
-        named = {name.removeprefix(family.unnamed): weight.data for name, weight in weights.items()}
+        named = {name.removeprefix(prefix): weight.data for name, weight in weights.items()}
         save_adapters(named, lora, str(Path(base).resolve()) if Path(base).is_dir() else base, partial)
 
 

@@ -50,6 +50,5 @@ def write(folder: Path, dimension: int, settings: Settings) -> bool:
         if (ids, skipped) != (own.input_ids.tolist(), own.skipped):
             return False
     reads = sentence_transformers.texts(changed, special_tokens=bool(end))
-    reads["config_kwargs"] = {"is_causal": False}  # of unmerged adapters, the config is that of their causal base
     sentence_transformers.write(folder, reads, "mean", dimension, prompt, pools_prompt=False)
     return True
