@@ -141,7 +141,7 @@ class TrainingInterface(ABC, Generic[S]):
     def unmerged(self, source: str) -> str:
         """Return the prefix of the model's parameters' names that the names in transformers' model lack.
 
-        source: the model that adapters were trained on.  Raises PipelineError if these adapters with transformers' model
+        source: the model that adapters were trained on.  Raises PipelineError if adapters with transformers' model
         of `source` are not the trained model.
         """
         return ""

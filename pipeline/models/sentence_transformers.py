@@ -130,20 +130,18 @@ def towers(max_tokens: int) -> dict[str, Any]:
     return reads | {"processor_kwargs": dict(_PILLOW)}
 
 
-def chat_template(
-    prefix: tuple[str, str] | str, suffix: str, instruction: str = "", image: str = "", *, strips: bool = False
-) -> str:
+def chat_template(prefix: str, suffix: str, instruction: str = "", image: str = "", *, strips: bool = False) -> str:
     """Return a chat template that renders an item as the prompt: prefix, images, text, suffix.
 
-    prefix: what stands before and after a system message; of a single string, the item's text begins with the message.
+    prefix: {} in it is the system message; without it, the item's text begins with the message.
     instruction: the default system message.  image: what stands for an image; "" if images are not supported.
     strips: whether white space between the last image and the text is removed.
     """
-    before, after = (prefix, "") if isinstance(prefix, str) else prefix
+    before, system, after = prefix.partition("{}")
     values = {"instruction": instruction, "before": before, "after": after, "image": image, "suffix": suffix}
     # Jinja's literals are Python's. Characters beyond ASCII stay as they are.
     literals = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
-    flags = {"has_system": not isinstance(prefix, str), "has_images": bool(image), "strips": strips}
+    flags = {"has_system": bool(system), "has_images": bool(image), "strips": strips}
     return Template(_CHAT_TEMPLATE).substitute(literals, **{name: str(flag).lower() for name, flag in flags.items()})
 
 

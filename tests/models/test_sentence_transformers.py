@@ -29,6 +29,7 @@ from pipeline.models.clip import model as clip
 from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.llave.folder import save_folder as save_llave
 from pipeline.models.llave.model import Llave
+from pipeline.models.llm2clip import model as llm2clip
 from pipeline.models.lora import ADAPTERS
 from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.folder import save_folder as save_qwen
@@ -179,6 +180,20 @@ def test_llave_texts_and_images(llave):
     assert_same(encoded(model, [{"image": two, "text": "two"}]), ours.embed([{"text": "two", "images": two}]))
 
 
+def test_llave_whose_image_token_has_another_name_reads_texts_alone(llave, tmp_path):
+    shutil.copytree(llave, tmp_path / "base")
+    config = json.loads((llave / "config.json").read_text())
+    config["image_token_id"], config["video_token_id"] = config["video_token_id"], config["image_token_id"]
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    model = Llave.load(str(tmp_path / "base"), torch.float32)
+    save_llave(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "out")
+    assert "Only texts are supported here" in (tmp_path / "out/README.md").read_text()
+    theirs = opened(tmp_path / "out")
+    assert_same(encoded(theirs, TEXTS), Embedder.load(tmp_path / "out").embed(TEXTS))
+    with pytest.raises(ValueError, match="'image' is not supported"):
+        theirs.encode([picture(24, 24)])
+
+
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("decoders") / "plain"
@@ -223,6 +238,15 @@ def test_instruction_that_merges_with_texts_is_not_exported(decoders, tmp_path):
     assert not (folder / "modules.json").exists()
     assert "The folder is not for sentence-transformers" in (folder / "README.md").read_text()
     assert TextProcessor.load(str(folder), 64).instruction == "Represent: "
+
+
+def test_text_encoder_inside_an_llm2clip_is_no_ready_embedder(decoders, tmp_path):
+    encoder = saved(decoders, tmp_path / "encoder", Settings())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text('{"architectures": ["CLIPVisionModel"]}')
+    llm2clip.save_beside({"weight": torch.ones(1)}, 32, str(encoder), tmp_path / "out", None)
+    assert "a decoder with bidirectional attention" in (tmp_path / "out/README.md").read_text()
+    assert_same(encoded(opened(tmp_path / "out/text_encoder"), STRIPPED), Embedder.load(encoder).embed(STRIPPED))
 
 
 def test_clip_texts_and_images(tmp_path):

@@ -25,9 +25,9 @@ def save_folder(
     """
     settings, whole = checks.Settings.of(model.config, source), checks.version(model.config).whole.__name__
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
-    tokenizer, prompt = loading.tokenizer(source), (PREFIX.split("{}")[0], PREFIX.split("{}")[1])
+    tokenizer, image = loading.tokenizer(source), START + IMAGE_PAD + END
     tokenizer.chat_template = sentence_transformers.chat_template(
-        prompt, SUFFIX, settings.instruction, START + IMAGE_PAD + END, strips=True
+        PREFIX, SUFFIX, settings.instruction, image, strips=True
     )
     tokenizer.save_pretrained(folder)
     image_processor(model.config, source).save_pretrained(folder)
