@@ -9,7 +9,8 @@ checkpoint may be of any ZeRO stage and number of processes. Adapters are merged
 peft. OUT is loaded again to check that it gives the same embedding, or has the same weights.
 
 It needs at most the CPU memory of the model (7B in bf16: 15 GB) and, for a ZeRO-3 checkpoint, of the trained parameters
-in fp32 (all but the tower: 28 GB more) or, with adapters, of the weights that they are merged into (13 GB more).
+in fp32 (all but the tower: 28 GB more) or, with adapters, of the weights that they are merged into (13 GB more). With
+--adapters it holds the model twice.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_exports_elsewhere import MARKS, mark, run_example
 from test_qwen_vl import ARCHITECTURES
 from test_text_encoder import PAPER
-from transformers import AutoModel, AutoModelForCausalLM, BaseVideoProcessor, Qwen2Tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, BaseVideoProcessor, LlavaOnevisionConfig, Qwen2Tokenizer
 from transformers.models.auto import video_processing_auto
 from transformers.utils import is_torchvision_available
 
@@ -182,9 +182,9 @@ def test_llave_texts_and_images(llave):
 
 def test_llave_whose_image_token_has_another_name_reads_texts_alone(llave, tmp_path):
     shutil.copytree(llave, tmp_path / "base")
-    config = json.loads((llave / "config.json").read_text())
-    config["image_token_id"], config["video_token_id"] = config["video_token_id"], config["image_token_id"]
-    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    config = LlavaOnevisionConfig.from_pretrained(llave)
+    config.image_token_id, config.video_token_id = config.video_token_id, config.image_token_id
+    config.save_pretrained(tmp_path / "base")
     model = Llave.load(str(tmp_path / "base"), torch.float32)
     save_llave(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "out")
     assert "Only texts are supported here" in (tmp_path / "out/README.md").read_text()
