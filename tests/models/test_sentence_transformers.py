@@ -180,6 +180,17 @@ def test_llave_texts_and_images(llave):
     assert_same(encoded(model, [{"image": two, "text": "two"}]), ours.embed([{"text": "two", "images": two}]))
 
 
+@pytest.mark.parametrize("marks", ["begins and ends", "ends with two"])
+def test_llave_ignores_the_tokens_that_its_tokenizer_adds(marks, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "base")
+    mark(tmp_path / "base", marks)
+    settings = tmp_path / "base/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<|endoftext|>"}))
+    model = Llave.load(str(tmp_path / "base"), torch.float32)
+    save_llave(model, dict(model.named_parameters()), str(tmp_path / "base"), tmp_path / "out")
+    assert_same(encoded(opened(tmp_path / "out"), TEXTS), Embedder.load(tmp_path / "out").embed(TEXTS))
+
+
 def test_llave_whose_image_token_has_another_name_reads_texts_alone(llave, tmp_path):
     shutil.copytree(llave, tmp_path / "base")
     config = LlavaOnevisionConfig.from_pretrained(llave)

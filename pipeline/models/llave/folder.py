@@ -59,6 +59,8 @@ def _prepare_processor(model: Llave, tokenizer: PreTrainedTokenizerBase, folder:
     }
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     modalities = sentence_transformers.MODALITIES if sees else ("text",)
-    reads = sentence_transformers.messages(*modalities, special_tokens=False)
+    # transformers' processor adds no tokens to a prompt that begins with the start token, and may not be asked to.
+    bare = bool(tokenizer.bos_token) and PREFIX.startswith(str(tokenizer.bos_token))
+    reads = sentence_transformers.messages(*modalities, special_tokens=bare)
     sentence_transformers.write(folder, reads, "lasttoken", model.dimension)
     return sees
