@@ -2,13 +2,15 @@
 
     python -m pipeline.export runs/llave_7b llave-7b
     python -m pipeline.export runs/llave_7b llave-7b-best --step best
+    python -m pipeline.export runs/qwen3_vl_2b_lora qwen3-vl-2b-lora --adapters
 
 A run that ends writes RUN/export itself. Use this program for a run that was stopped, or for another checkpoint. The
-checkpoint may be of any ZeRO stage and number of processes. Adapters are merged. OUT is loaded again to check that it
-gives the same embedding.
+checkpoint may be of any ZeRO stage and number of processes. Adapters are merged, or with --adapters written alone, for
+peft. OUT is loaded again to check that it gives the same embedding, or has the same weights.
 
 It needs at most the CPU memory of the model (7B in bf16: 15 GB) and, for a ZeRO-3 checkpoint, of the trained parameters
-in fp32 (all but the tower: 28 GB more) or, with adapters, of the weights that they are merged into (13 GB more).
+in fp32 (all but the tower: 28 GB more) or, with adapters, of the weights that they are merged into (13 GB more). With
+--adapters it holds the model twice.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Literal
 
 import torch
 import transformers
+from transformers import AutoModel
 
 from pipeline.config import former, recipe_of_run
 from pipeline.errors import PipelineError
@@ -26,7 +29,7 @@ from pipeline.models.chunks import pack
 from pipeline.models.registry import saved, training_of
 from pipeline.training import checkpoint, manifest, resume
 from pipeline.training.engine import adapt, freeze
-from pipeline.training.export import write_folder
+from pipeline.training.export import write_adapters, write_folder
 
 _LEAST_COSINE = {"fp32": 0.99999, "bf16": 0.999}  # adapters are merged in the weights' precision
 
@@ -41,6 +44,11 @@ def main() -> None:
         type=_step,
         metavar="N",
         help="the checkpoint after N steps, or `best`, the one with the best evaluation (default: the newest)",
+    )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="write the adapters unmerged, in peft's format; OUT names the model that they were trained on",
     )
     arguments = parser.parse_args()
     run, out = arguments.run, arguments.out
@@ -66,6 +74,12 @@ def main() -> None:
     _load_trained(model, folder)
     unverified = out.with_name(out.name + ".unverified")
     shutil.rmtree(unverified, ignore_errors=True)
+    if arguments.adapters:
+        write_adapters(model, recipe, source, unverified)
+        _check_adapters(model, family.unmerged(source), unverified)
+        unverified.rename(out)
+        print(f"{out}: adapters of {folder.name} of {run}; with their base model, the checkpoint's weights")
+        return
     write_folder(model, dict(model.named_parameters()), recipe, source, unverified)
     count = sum(parameter.numel() for parameter in model.parameters())
     # Tokens of items as the written folder reads them.
@@ -78,6 +92,16 @@ def main() -> None:
         raise PipelineError(f"{unverified} does not give the checkpoint's embedding (cosine {cosine:.6f}): not for use")
     unverified.rename(out)
     print(f"{out}: {folder.name} of {run}, {count / 1e9:.2f} B parameters in {recipe.precision}, cosine {cosine:.6f}")
+
+
+def _check_adapters(model: torch.nn.Module, prefix: str, folder: Path) -> None:
+    """Raise PipelineError unless transformers loads the model's weights from a folder of adapters and their base."""
+    dtype = next(model.parameters()).dtype
+    found = dict(AutoModel.from_pretrained(folder, dtype=dtype).named_parameters())
+    for name, parameter in model.named_parameters():
+        theirs = found.get(name.removeprefix(prefix))
+        if theirs is None or not torch.equal(theirs.float(), parameter.float()):  # peft keeps adapters in float32
+            raise PipelineError(f"{folder} and its base model do not give the checkpoint's {name}: not for use")
 
 
 def _load_trained(model: torch.nn.Module, folder: Path) -> None:

@@ -7,6 +7,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh
 setup_environment
+site=.venv/sentence_transformers
+if ! cmp -s tests/sentence_transformers.txt "$site/installed.txt"; then
+    rm -rf "$site"
+    pip install -q --disable-pip-version-check --no-deps --target "$site" -r tests/sentence_transformers.txt
+    cp tests/sentence_transformers.txt "$site/installed.txt"
+fi
 if [ $# = 0 ]; then
     # Compile kernels for this clone only, so that kernels of other clones on this machine have no effect.
     export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"

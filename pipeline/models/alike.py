@@ -12,7 +12,8 @@ from transformers.image_processing_backends import PilBackend
 
 from pipeline.errors import PipelineError, shown
 from pipeline.models import loading
-from pipeline.models.files import SETTINGS, read_json
+from pipeline.models.files import SENTENCE_SETTINGS, SETTINGS, read_json
+from pipeline.models.sentence_transformers import MODULES, describes
 from pipeline.storage.documents import unique
 
 # Fields in which models that are alike may differ: versions, places, how weights are stored and how they began.
@@ -36,6 +37,7 @@ _FREE = {
 _EARLIER = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # the same as rope_parameters: see `folder.finish`
 # Beside a model: hidden, of its training, in other formats.
 _ELSE = re.compile(r"\..*|checkpoint.*|onnx|openvino|runs|trainer_state\.json|.*_results\.json")
+_MODULE = re.compile(r"\d+_[A-Za-z]+")  # a folder of one of sentence-transformers' modules
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _IMAGES = ("preprocessor_config.json", "processor_config.json")
 # Files of which nothing changes an embedding, or which are compared as the tokenizer loads them.
@@ -61,14 +63,20 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
     Configs, tokenizers and image processors are read as the installed transformers reads them, which gives fields that
     a file lacks their defaults. Fields that change no embedding are left out; so are files that only the tokenizer
-    reads, such as vocab.txt, and chat templates. Raises PipelineError for a damaged file.
+    reads, such as vocab.txt, chat templates, and files for sentence-transformers that this project does not follow.
+    Raises PipelineError for a damaged file.
     """
     found: dict[str, Any] = {}
-    for place in sorted({file.parent for file in files_of(folder, *SETTINGS)}):
+    places = sorted({file.parent for file in files_of(folder, *SETTINGS)})
+    unread = [place for place in places if not _follows_modules(place)]
+    for place in places:
+        if place.parent in unread and _MODULE.fullmatch(place.name):
+            continue
         where = "" if place == folder else f"{place.relative_to(folder)}/"
         for name, values in _documents(place):
             free = () if name in _TOKENIZER else _FREE  # a token can have any name
-            found |= {f"{where}{name}: {field}": value for field, value in _flat(values, free)}
+            if not (place in unread and name in (MODULES, *SENTENCE_SETTINGS[:2])):
+                found |= {f"{where}{name}: {field}": value for field, value in _flat(values, free)}
     return found
 
 
@@ -80,6 +88,11 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         if field not in one or field not in other or one[field] != other[field]:
             said.append(f"{field} is {values[0]} and {values[1]}")
     return said
+
+
+def _follows_modules(place: Path) -> bool:
+    config = place / "config.json"
+    return config.is_file() and describes(place, read_json(config))
 
 
 def _documents(place: Path) -> Iterator[tuple[str, Any]]:

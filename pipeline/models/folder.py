@@ -10,6 +10,7 @@ from jinja2 import StrictUndefined, Template
 
 from pipeline.models.compact import SmallKind
 from pipeline.models.loading import IMAGES, reads_as_stored
+from pipeline.models.sentence_transformers import MODULES
 from pipeline.storage.atomic import replacing
 
 SIZES = "matryoshka_dimensions"  # the name that vLLM reads in config.json
@@ -60,10 +61,16 @@ def note_sizes(folder: Path, dimension: int, sizes: Sequence[int], kind: SmallKi
     smaller = [str(size) for size in sizes if size < dimension]
     notes = []
     if smaller:
-        notes.append(
+        note = (
             f"Vectors can be cut to their first {', '.join(smaller)} numbers, and normalised again. The model was "
             "trained at these sizes."
         )
+        if (folder / MODULES).is_file():
+            note += (
+                f" With sentence-transformers: `model.encode(texts, truncate_dim={smaller[-1]}, "
+                "normalize_embeddings=True)`."
+            )
+        notes.append(note)
     if kind:
         stored = {"int8": "a byte for each number (int8)", "binary": "a bit for each number, its sign (binary)"}[kind]
         notes.append(f"Vectors can be stored with {stored}. The model was trained with vectors rounded to this type.")

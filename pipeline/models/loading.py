@@ -198,11 +198,10 @@ def image_processor(path: str, kind: type[PilBackend], **fields: Any) -> Any:
     """Return the image processor of a folder or hub name.  kind: its class.  fields: values that replace its own."""
     folder = fetched(path, weights=False)
     files = [folder / name for name in _PROCESSORS if (folder / name).is_file()]
-    if not files:
-        missing = folder / _PROCESSORS[0]
+    values, missing = [_read(file) for file in files], folder / _PROCESSORS[0]
+    # processor_config.json may hold the image processor, or only what combines it with the tokenizer.
+    if not (missing in files or any("image_processor" in each for each in values)):
         raise PipelineError(f"no image processor at {path!r}: {missing} is missing; copy it from the model")
-    for file in files:
-        _read(file)
     with reading(files[0]):
         its: Any = kind.from_pretrained(folder, local_files_only=True, **fields)
         mean, std = list(its.image_mean), list(its.image_std)

@@ -1,10 +1,12 @@
 """Low-rank adapters in the language model (LoRA, arXiv 2106.09685), by peft."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -12,6 +14,7 @@ from pipeline.config import Lora
 from pipeline.errors import PipelineError
 from pipeline.models.lean import SharingLinear, shared
 
+ADAPTERS = "adapter_model.safetensors"
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -99,3 +102,29 @@ def merge_adapters(weights: dict[str, torch.Tensor], lora: Lora) -> dict[str, to
             weight = (weight.double() + lora.alpha / lora.rank * (high @ low)).to(weight.dtype)
         merged[f"{layer}.{leaf}" if base else name] = weight
     return merged
+
+
+def save_adapters(weights: dict[str, torch.Tensor], lora: Lora, base: str, folder: Path) -> None:
+    """Write adapters in peft's format.
+
+    weights: of the adapters, by their names in transformers' model.  base: folder or hub name of the model that they
+    were trained on.
+    """
+    layers = sorted(name.removesuffix(_A) for name in weights if name.endswith(_A))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it can be a float
+        target_modules=layers,  # whole names, because a vision tower can have layers of the same last names
+        base_model_name_or_path=base,
+        task_type="FEATURE_EXTRACTION",
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    # Names in the file lack the adapter's own name.
+    tensors = {f"base_model.model.{name.replace('.default.', '.')}": weight for name, weight in weights.items()}
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in tensors.items()}, folder / ADAPTERS)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether it is the name of an adapter's parameter."""
+    return name.endswith((_A, _B))

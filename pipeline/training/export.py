@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from pipeline.config import Recipe
 from pipeline.distributed import on_first_rank
-from pipeline.errors import disk_errors
+from pipeline.errors import PipelineError, disk_errors
 from pipeline.models.chunks import Frozen
 from pipeline.models.folder import note_sizes
-from pipeline.models.lora import merge_adapters
+from pipeline.models.lora import is_adapter, merge_adapters, save_adapters
 from pipeline.models.registry import training_of
 from pipeline.storage.atomic import remove_leftovers, replacing
 
@@ -45,6 +45,33 @@ def write_folder(
     with replacing(folder) as partial:
         training_of(recipe).save(recipe, model, merged, source, partial)
         note_sizes(partial, cast(int, model.dimension), recipe.objective.sizes, recipe.objective.rounding)
+
+
+def write_adapters(model: torch.nn.Module, recipe: Recipe, source: str, folder: Path) -> None:
+    """Write a model's adapters, unmerged, to a folder in peft's format atomically, in one process.
+
+    It has the tokenizer and all else of an export, but weights and config.json, which are those of the base model.
+    Raises PipelineError if the recipe trains no adapters, or more than adapters, or a model that needs more than them.
+    """
+    lora, family = recipe.model.train.adapters, training_of(recipe)
+    if lora is None:
+        raise PipelineError("--adapters: this run trained no adapters: export without --adapters")
+    prefix = family.unmerged(source)
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if more := next((name for name in weights if not is_adapter(name)), None):
+        raise PipelineError(
+            f"--adapters: this run also trained {more}, of the base model: export without --adapters, or train with "
+            "all but model.train.language_model set to false"
+        )
+    given = recipe.model.path
+    base = given if given and not family.converts(given) else source
+    remove_leftovers(folder.parent, folder.name)
+    with replacing(folder) as partial:
+        family.save(recipe, model, {}, source, partial)
+        note_sizes(partial, cast(int, model.dimension), recipe.objective.sizes, recipe.objective.rounding)
+        (partial / "config.json").unlink()  # transformers would take the folder for a whole model
+        named = {name.removeprefix(prefix): weight.data for name, weight in weights.items()}
+        save_adapters(named, lora, str(Path(base).resolve()) if Path(base).is_dir() else base, partial)
 
 
 def _gathered(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from launch import launch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from pipeline.export import main
 
@@ -56,5 +58,13 @@ def test_adapters_with_frozen_parts_resume_exactly_and_merge_on_export(stage, wo
     assert result["resumed"] == result["losses"][2]
     assert result["cosine"] > 1 - 1e-6
     assert_exported_alike(tmp_path, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path), str(tmp_path / "alone"), "--adapters"])
+    main()
+    merged, before = load_file(tmp_path / "again/model.safetensors"), load_file(f"{tiny_model}/model.safetensors")
+    both = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), str(tmp_path / "alone")).merge_and_unload()
+    assert both.state_dict().keys() == merged.keys()
+    assert not all(torch.equal(merged[name], weight) for name, weight in before.items())
+    for name, weight in both.state_dict().items():
+        torch.testing.assert_close(weight, merged[name], rtol=1e-5, atol=1e-6)
     # Frozen parameters are not in the checkpoint: 70,000 parameters, against 7,000 in the adapters.
     assert max(path.stat().st_size for path in (tmp_path / "checkpoints/step-00000002").rglob("*.pt")) < 60_000

@@ -85,7 +85,7 @@ def marked(request, plain, tmp_path) -> tuple[Path, str]:
 
 
 def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     names: dict = {}
     exec(code, names)

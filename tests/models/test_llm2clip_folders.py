@@ -122,7 +122,7 @@ def picture(width: int = 60, height: int = 40) -> Image.Image:
 
 def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """Run the code of a folder's README inside the folder; return its names."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     names: dict = {}
     exec(code, names)

@@ -235,6 +235,26 @@ def test_differences_that_do_not_matter_are_allowed(models, tmp_path):
     assert Embedder.load(tmp_path / "back", "cpu").embed(["a red star"]).isfinite().all()
 
 
+def test_exports_without_files_for_sentence_transformers_are_alike(models, tmp_path):
+    """As those of earlier versions, and published models that exports were trained from."""
+
+    def earlier(folder: Path) -> None:
+        for name in ("1_Pooling", "2_Normalize"):
+            shutil.rmtree(folder / name)
+        for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+            (folder / name).unlink()
+        (folder / "processor_config.json").unlink()
+        (folder / "chat_template.jinja").unlink()
+
+    one, two = models["llave"]
+    before = changed(two, tmp_path / "before", earlier)
+    merge([Part(one), Part(before)], tmp_path / "out")
+    merge([Part(before), Part(one)], tmp_path / "back")
+    assert (tmp_path / "out/modules.json").is_file() and not (tmp_path / "back/modules.json").exists()
+    rows = [Embedder.load(tmp_path / name, "cpu").embed(["a red star"]) for name in ("out", "back")]
+    assert torch.equal(*rows)
+
+
 def config(section: str = "", file: str = "config.json", **fields: object) -> Change:
     def change(folder: Path) -> None:
         values = json.loads((folder / file).read_text())

@@ -239,7 +239,7 @@ def test_exported_folder_keeps_its_template(templated, monkeypatch):
     without = TextProcessor.load(str(templated), 512, template="none")
     assert without.encode(Item("a")).key != processor.encode(Item("a")).key
     # The model card's code and the Embedder.
-    (code,) = re.findall(r"```python\n(.*?)```", (templated / "README.md").read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (templated / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(templated)
     names: dict = {}
     exec(code, names)

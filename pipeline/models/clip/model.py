@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pipeline.data.batch import Encoded
-from pipeline.models import loading
+from pipeline.models import loading, sentence_transformers
 from pipeline.models.chunks import Packed
 from pipeline.models.clip.config import ClipArchitecture
 from pipeline.models.clip.processor import load_config, text_of
@@ -89,6 +89,9 @@ def save(model: Clip, source: str, folder: Path) -> None:
     loading.image_processor(source, CLIPImageProcessorPil).save_pretrained(folder)
     (folder / "README.md").write_text(
         f"---\nlibrary_name: transformers\n---\n\n# CLIP\n\nA CLIP of {model.dimension} dimensions: "
-        "`CLIPModel.from_pretrained(FOLDER)`, without a logit scale of its own.\n"
+        "`CLIPModel.from_pretrained(FOLDER)`, without a logit scale of its own. With sentence-transformers: "
+        "`SentenceTransformer(FOLDER).encode(...)` for texts and pictures.\n"
     )
+    context = text_of(model.clip.config).max_position_embeddings
+    sentence_transformers.write(folder, sentence_transformers.towers(context), None, model.dimension)
     finish(folder)

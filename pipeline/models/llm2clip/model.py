@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.data.batch import Encoded
 from pipeline.errors import PipelineError
-from pipeline.models import released
+from pipeline.models import released, sentence_transformers
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import Tensors, fetched, read_json, read_tensors, survey
 from pipeline.models.flops import StepFlops, image_flops, known, per_row, trains
@@ -27,7 +27,6 @@ from pipeline.models.loading import config_dict, reading
 from pipeline.models.patches import embed_bytes
 from pipeline.models.text_encoder.model import FrozenTextEncoder
 from pipeline.models.text_encoder.model import step_flops as text_flops
-from pipeline.models.text_encoder.sentence import MODULES
 from pipeline.models.two_tower import TwoTower
 from pipeline.models.vision import Pixels, VisionEncoder
 
@@ -175,7 +174,9 @@ def save_beside(adapter: Tensors, width: int, text_encoder: str, folder: Path, b
     (folder / SETTINGS_FILE).write_text(json.dumps({"width": width}, indent=2) + "\n")
     _copy(fetched(text_encoder), folder / TEXT_ENCODER)
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    names = {"architecture": architecture, "sentence_embedder": (folder / TEXT_ENCODER / MODULES).is_file()}
+    encoder = folder / TEXT_ENCODER
+    is_ready = sentence_transformers.describes(encoder, read_json(encoder / "config.json"))
+    names = {"architecture": architecture, "sentence_embedder": is_ready}
     write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
     share(folder)
 

@@ -6,16 +6,15 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Tokenizer
 
-from pipeline.models import loading
+from pipeline.models import loading, sentence_transformers
 from pipeline.models.files import fetched
 from pipeline.models.folder import finish, write_card
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.model import QwenVL
-from pipeline.models.qwen_vl.processor import image_processor
+from pipeline.models.qwen_vl.processor import END, IMAGE_PAD, START, image_processor
 from pipeline.models.qwen_vl.prompts import PROMPTS
 
-# Files that transformers' own processor reads besides tokenizer and image processor.
-_OTHERS = ("video_preprocessor_config.json", "chat_template.json", "chat_template.jinja")
+_VIDEOS = "video_preprocessor_config.json"  # transformers' own processor reads it
 
 
 def save_folder(
@@ -28,14 +27,20 @@ def save_folder(
     """
     settings, whole = checks.Settings.of(model.config, source), checks.version(model.config).whole.__name__
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)  # names do not depend on ZeRO
-    loading.tokenizer(source, kind=Qwen2Tokenizer).save_pretrained(folder)
+    prompt, tokenizer = PROMPTS[settings.prompt], loading.tokenizer(source, kind=Qwen2Tokenizer)
+    sees = prompt.axes and prompt.marked  # transformers always gives an image's tokens rows and columns as positions
+    tokenizer.chat_template = sentence_transformers.chat_template(
+        prompt.prefix, prompt.suffix, settings.instruction, START + IMAGE_PAD + END if sees else "", strips=True
+    )
+    tokenizer.save_pretrained(folder)
     image_processor(model.config, source).save_pretrained(folder)
-    files = fetched(source, weights=False)
-    for name in _OTHERS:
-        if (files / name).is_file():
-            shutil.copyfile(files / name, folder / name)
+    if (videos := fetched(source, weights=False) / _VIDEOS).is_file():
+        shutil.copyfile(videos, folder / _VIDEOS)
+    modalities = sentence_transformers.MODALITIES if sees else ("text",)
+    reads = sentence_transformers.messages(*modalities, special_tokens=True)
+    sentence_transformers.write(folder, reads, "lasttoken", model.dimension, settings.instruction)
     card = Path(__file__).with_name("card.md.jinja")
-    prompt = PROMPTS[settings.prompt]
     prefix, suffix = repr(prompt.prefix.format(settings.instruction)), repr(prompt.suffix)
-    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix, marked=prompt.marked, axes=prompt.axes)
+    shown = {"marked": prompt.marked, "axes": prompt.axes, "system": prompt.instruction is not None, "sees": sees}
+    write_card(folder, card, base, whole=whole, prefix=prefix, suffix=suffix, **shown)
     finish(folder, {"architectures": [whole], checks.SETTINGS: vars(settings)})

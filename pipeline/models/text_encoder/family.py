@@ -93,6 +93,13 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._model.empty(path, attention)
 
+    def unmerged(self, source: str) -> str:
+        if config_dict(source).get("is_causal") is not False:
+            raise PipelineError(
+                f"--adapters: {source} attends causally, and adapters do not change that: export without --adapters"
+            )
+        return "language_model."
+
     def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:
         return decoder.step_flops(model)
 
@@ -120,6 +127,9 @@ class MaskedTraining(TextEncoderTraining):
         if pair.query.images or pair.query.video is not None:
             return pair.alone(pair.target, pair.target)
         return pair
+
+    def unmerged(self, source: str) -> str:
+        raise PipelineError("--adapters is for embedders, and masked training makes none: export without --adapters")
 
     def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:
         return masked.step_flops(cast(MaskedLanguageModel, model))

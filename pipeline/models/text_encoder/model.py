@@ -20,6 +20,7 @@ from pipeline.models.folder import finish, write_card
 from pipeline.models.lean import keep_less
 from pipeline.models.loading import refuse_unknown
 from pipeline.models.packing import check_packing
+from pipeline.models.text_encoder import sentence_files
 from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProcessor, load_config, require_decoder
 from pipeline.models.text_encoder.templates import SEPARATOR, TEMPLATES
 
@@ -178,6 +179,7 @@ def save(
     tokenizer.save_pretrained(folder)
     processor, template = TextProcessor(tokenizer, 0), TEMPLATES.get(settings.template)
     before = processor.start if template else processor.before(settings.instruction)
-    names = {"instruction": settings.instruction, "before": before, "turn": template, "separator": SEPARATOR}
-    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names)
     finish(folder, {"is_causal": False, SETTINGS: settings.stored()})
+    alike = sentence_files.write(folder, model.dimension, settings)
+    names = {"instruction": settings.instruction, "before": before, "turn": template, "separator": SEPARATOR}
+    write_card(folder, Path(__file__).with_name("card.md.jinja"), base, **names, alike=alike, prompted=bool(before))

@@ -18,9 +18,10 @@ from pipeline.data.batch import Encoded
 from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
 from pipeline.models import loading
+from pipeline.models.sentence_transformers import TEXT_ENCODER
 from pipeline.models.text_encoder.templates import NONE, TEMPLATES, check
 
-SETTINGS = "text_encoder"  # the field of config.json that marks a text encoder
+SETTINGS = TEXT_ENCODER
 
 
 @dataclass(frozen=True)

@@ -34,24 +34,15 @@ from pipeline.errors import PipelineError, shown
 from pipeline.models import loading
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey, weight_files
-from pipeline.models.text_encoder.processor import SETTINGS, TextsAlone
+from pipeline.models.sentence_transformers import FLAGS, MODULES, describes
+from pipeline.models.text_encoder.processor import TextsAlone
 from pipeline.models.text_encoder.templates import NONE
 from pipeline.storage.documents import unique
 
-MODULES = "modules.json"
 Mode = Literal["mean", "cls", "last"]
 
 _PROMPTS, _LENGTHS = "config_sentence_transformers.json", "sentence_bert_config.json"
 _MODES: dict[str, Mode] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-# Before version 5.4, sentence-transformers stored a flag for each mode.
-_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 _ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")  # classes of torch.nn
 _DOCUMENT = ("document", "passage", "corpus")  # names of a document's prompt, the first found is used
 _INPUT = "sentence_embedding"
@@ -113,9 +104,7 @@ def is_sentence_embedder(path: str, config: dict[str, Any]) -> bool:
 
     A folder that this project marked as its own text encoder is not.
     """
-    if SETTINGS in config or {"text_config", "vision_config"} & config.keys():
-        return False
-    return (fetched(path, weights=False) / MODULES).is_file()
+    return describes(fetched(path, weights=False), config)
 
 
 @dataclass(frozen=True)
@@ -308,7 +297,7 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
 def _pooling(file: Path) -> tuple[Mode, bool]:
     """Return the pooling mode, and whether the prompt's tokens are pooled."""
     values = read_json(file)
-    modes = values.get("pooling_mode", [mode for flag, mode in _FLAGS.items() if values.get(flag)] or "mean")
+    modes = values.get("pooling_mode", [mode for flag, mode in FLAGS.items() if values.get(flag)] or "mean")
     if isinstance(modes, list) and len(modes) == 1:
         modes = modes[0]
     if not isinstance(modes, str) or modes not in _MODES:
