@@ -1,4 +1,7 @@
-"""Compare what optimizer steps would do on a GPU with budgets.yaml. `python tests/cuda_trace --help` says more."""
+"""Compare what optimizer steps would do on a GPU with budgets.yaml, and the memory plan with the tensors alive there.
+
+`python tests/cuda_trace --help` says more.
+"""
 
 import os
 import subprocess
@@ -10,6 +13,11 @@ import yaml
 
 HERE = Path(__file__).parent
 CASES = [*yaml.safe_load((HERE / "budgets.yaml").read_text()), "extrapolation to all layers"]
+CASES += [
+    f"memory, {family}, {way}"
+    for family in ("llave", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    for way in ("tower trained", "tower trained, checkpointing", "tower frozen, LoRA")
+]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from closeness import OPERATIONS, assert_close_in_norm
 from PIL import Image as Picture
+from qwen_sizes import SIZES, fields_of
 from sections import section
 from tokenizers import Tokenizer, processors
 from transformers import (
@@ -272,30 +273,13 @@ def test_blank_image_reaches_every_parameter_and_changes_nothing(kind, outside, 
     assert all(not gradient.any() for gradient in found)
 
 
-# (version; the tower's width, MLP and depth; hidden size, layers, heads, key-value heads, MLP and vocabulary; published
-# number of parameters; whether that includes an LM head besides the embedding).
-SIZES = {
-    "Qwen2-VL-2B": ("qwen2_vl", (1280, 5120, 32), (1536, 28, 12, 2, 8960, 151_936), 2_208_985_600, False),
-    "Qwen2.5-VL-7B": ("qwen2_5_vl", (1280, 3420, 32), (3584, 28, 28, 4, 18_944, 152_064), 8_292_166_656, True),
-    "Qwen3-VL-2B": ("qwen3_vl", (1024, 4096, 24), (2048, 28, 16, 8, 6144, 151_936), 2_127_532_032, False),
-}
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_match_published_models(size):
-    kind, (width, wide, depth), (hidden, layers, heads, key_value_heads, mlp, vocabulary), published, head = SIZES[size]
-    vision = {"depth": depth, "num_heads": 16}
-    if kind == "qwen2_vl":
-        vision |= {"embed_dim": width, "mlp_ratio": wide // width, "hidden_size": hidden}
-    else:
-        vision |= {"hidden_size": width, "intermediate_size": wide, "out_hidden_size": hidden}
-    text = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
-    text |= {"num_key_value_heads": key_value_heads, "intermediate_size": mlp}
-    text |= {"rope_parameters": ROPE | {"mrope_section": [24, 20, 20]}}
-    architecture = QwenVLArchitecture(model_type=kind, vision=vision, text=text)
+    *_, (hidden, *_, vocabulary), published, head = SIZES[size]
+    shape = QwenVLArchitecture(**fields_of(size))
     with torch.device("meta"):
         whole, without, tower = (
-            each(checks.config_of_architecture(architecture)) for each in (QwenVL, TowerlessQwenVL, FrozenQwenTower)
+            each(checks.config_of_architecture(shape)) for each in (QwenVL, TowerlessQwenVL, FrozenQwenTower)
         )
     count, *parts = (sum(parameter.numel() for parameter in each.parameters()) for each in (whole, without, tower))
     assert count + head * vocabulary * hidden == published
