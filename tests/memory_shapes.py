@@ -73,7 +73,7 @@ def qwen_config(kind: str, layers: int = 3, depth: int = 3) -> Any:
 
 
 def qwen_chunk(config: Any, side: int = 12, pairs: int = 1, video: bool = False) -> tuple[Packed, int]:
-    """Return packed items of an image each, nothing else but a token, and their number of tokens.
+    """Return packed items of the tokens of an image each, and nothing else, and their number of tokens.
 
     side: patches of an image's side.  pairs: of a video's frames.  One item is shorter: see `llave_chunk`.
     """
@@ -83,7 +83,7 @@ def qwen_chunk(config: Any, side: int = 12, pairs: int = 1, video: bool = False)
         tiles = np.zeros(((1 + video) * pairs * rows * side, 3, patch, patch), np.uint8)
         image = Image(tiles, rows * patch, side * patch, video=video)
         count = pairs * rows * side // config.vision_config.spatial_merge_size**2
-        ids = np.array([config.video_token_id if video else config.image_token_id] * count + [7], np.int32)
+        ids = np.array([config.video_token_id if video else config.image_token_id] * count, np.int32)
         items.append(Encoded(ids, (image,), positions=np.tile(np.arange(len(ids)), (3, 1))))
     packed = pack(items)
     return packed, sum(packed.lengths)

@@ -56,11 +56,11 @@ def test_frozen_tower_keeps_only_its_states(kind, video):
     planned = chunk_memory(model.config, tokens, PLAIN, tower_trained=False, videos=video)
     with LiveBytes() as live:
         features = tower.features_of(None, packed)
-    assert planned.features == pytest.approx(features.nbytes, rel=0.02)  # the plan's tokens are all of images
+    assert planned.features == features.nbytes
     assert planned.forward == pytest.approx(live.peak, rel=0.1)
     assert planned.graph == pytest.approx(measured_saved(model, packed, features), rel=0.05)
     sent = packed.input_ids.nbytes + packed.position_ids.nbytes + packed.tiles.nbytes
-    assert planned.sent == pytest.approx(sent, rel=0.02)
+    assert planned.sent == sent
 
 
 def test_tower_in_passes_needs_less():
@@ -88,17 +88,16 @@ def test_meta_device_model_matches_trained_model(tmp_path):
     assert memory.frozen is None
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_plan_of_published_sizes(size):
+def test_plan_of_a_published_size_has_its_parameters():
     """Adapters in the language model alone: their number follows from the sizes, the tower is outside the engine."""
+    size = "Qwen2.5-VL-3B"
     fields = ["model.path=null", f"model.architecture={fields_of(size)}", "variant=lora"]
     plan = Plan.of(load_recipe("qwen3_vl_8b.yaml", fields), 1, videos=False)
-    kind, _, (hidden, layers, heads, key_value_heads, mlp, vocabulary), published, head = SIZES[size]
-    width = 128 * heads if kind == "qwen3_vl" else hidden
-    keys = key_value_heads * (width // heads)
-    sides = 2 * (hidden + width) + 2 * (hidden + keys) + 3 * (hidden + mlp)  # of q, o; k, v; gate, up, down
+    (hidden, layers, heads, key_value_heads, mlp, _), published = SIZES[size][2:4]
+    keys = key_value_heads * (hidden // heads)
+    sides = 2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + mlp)  # of q, o; k, v; gate, up, down
     trained = sum(group.parameters for group in plan.groups if group.trained)
     assert trained == 32 * layers * sides
-    assert sum(group.parameters for group in plan.groups) - trained + head * vocabulary * hidden == published
+    assert sum(group.parameters for group in plan.groups) - trained == published
     outside = [group for group in plan.groups if not group.in_engine]
     assert [group.name for group in outside] == ["visual"]

@@ -24,7 +24,7 @@ def chunk_memory(
 ) -> ChunkMemory:
     """Return the memory of a chunk with `tokens` in the language model and `tiles` in the vision tower.
 
-    It overestimates the graph with adapters or a frozen language model.
+    It overestimates the graph with a frozen language model or projector, and leaves out adapters' small products.
 
     tiles_at_once: the tower's tiles per forward pass; None is all.
     """

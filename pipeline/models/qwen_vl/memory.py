@@ -23,7 +23,7 @@ def chunk_memory(
 ) -> ChunkMemory:
     """Return the memory of a chunk with `tokens` in the language model, all of them of images or `videos`.
 
-    It overestimates the graph with adapters, a frozen language model or frozen mergers.
+    It overestimates the graph with a frozen language model or mergers, and leaves out adapters' small products.
 
     patches_at_once: the tower's patches per forward pass; None is all.
     """
