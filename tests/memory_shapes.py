@@ -51,7 +51,7 @@ def llave_chunk(shape: LlavaOnevisionConfig, items: int = 4) -> tuple[Packed, in
     return packed, sum(packed.lengths), 2 * items
 
 
-def qwen_config(kind: str, layers: int = 3, depth: int = 3) -> Any:
+def qwen_config(kind: str, layers: int = 3, depth: int = 4) -> Any:
     """Return a config of a Qwen-VL version with the real ones' ratios. Of Qwen3-VL, queries are wider than states."""
     text = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": layers, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "vocab_size": 64}

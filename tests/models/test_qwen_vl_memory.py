@@ -34,10 +34,10 @@ def test_chunk_memory_matches_plan(kind, how):
     if how.checkpointing:
         checkpoint_layers(model)
     else:
-        assert planned.graph == pytest.approx(measured_saved(model, packed, None), rel=0.05)
+        assert planned.graph == pytest.approx(measured_saved(model, packed, None), rel=0.02)
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
-    assert planned.forward == pytest.approx(live.peak, rel=0.1)
+    assert planned.forward == pytest.approx(live.peak, rel=0.03)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # gradients are counted separately
     with LiveBytes() as live:
@@ -57,8 +57,8 @@ def test_frozen_tower_keeps_only_its_states(kind, video):
     with LiveBytes() as live:
         features = tower.features_of(None, packed)
     assert planned.features == features.nbytes
-    assert planned.forward == pytest.approx(live.peak, rel=0.1)
-    assert planned.graph == pytest.approx(measured_saved(model, packed, features), rel=0.05)
+    assert planned.forward == pytest.approx(live.peak, rel=0.03)
+    assert planned.graph == pytest.approx(measured_saved(model, packed, features), rel=0.03)
     sent = packed.input_ids.nbytes + packed.position_ids.nbytes + packed.tiles.nbytes
     assert planned.sent == sent
 
