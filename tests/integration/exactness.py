@@ -50,7 +50,8 @@ LABELLED_INVALID = {3, 4}  # both on the first rank: the ranks' numbers of valid
 TEACHER_WIDTH = 5
 MIXES = ("images", "text", "mixed")
 CHUNK_TOKENS = (1, 200, 100_000)  # one item per chunk, several, all
-RECIPES = {"llava_onevision": "demo", "qwen3_vl": "demo_qwen"}  # by the model_type in a folder's config.json
+# By the model_type in a folder's config.json.
+RECIPES = {"llava_onevision": "demo"} | dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "demo_qwen")
 WHOLE = ("model.train.vision_tower=true",)
 FROZEN = ("batch.tower_tiles=3", "batch.features_mb=0")
 OF_TASKS = "objective.temperatures={a: 0.05}"
@@ -100,6 +101,8 @@ ALONE = FEW[::2]  # there is no other rank: only the chunking of the batch diffe
 SHAPED = (Case("mixed", 200, 2),)
 OTHERS = (  # of other families, beside ALL; the first is also beside FEW and ALONE
     Case("mixed", 200, 1),
+    Case("mixed", 200, 0),
+    Case("mixed", 200, 1000),
     Case("mixed", 200, 2, (*FROZEN, "model.train.lora.rank=4")),
     Case("images", 200, 1000, (*FROZEN, CHECKPOINTING)),
 )
