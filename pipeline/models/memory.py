@@ -44,11 +44,10 @@ class PartMemory:
     forward: int
 
 
-def decoder_memory(text: Any, tokens: int, how: Execution, *, head_norms: bool, pairs: bool) -> PartMemory:
+def decoder_memory(text: Any, tokens: int, how: Execution, *, head_norms: bool) -> PartMemory:
     """Return the memory of a language model that pools in its last layer, with its input of `tokens` embeddings.
 
     text: its config.  head_norms: queries and keys have norms.
-    pairs: fused layers return two states, whose sum is the next layer's input (see `LeanDecoderLayer`).
     """
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = tokens * how.width  # bytes of one number per token
@@ -70,7 +69,8 @@ def decoder_memory(text: Any, tokens: int, how: Execution, *, head_norms: bool, 
     if how.checkpointing:
         layer = last = state
     # A layer's peak is in its MLP, with the layer's input, the residual, the normalised input, and the model's input.
-    states = 5 if pairs and how.fused and not how.checkpointing else 4
+    # Fused layers return two states, whose sum is the next layer's input (see `LeanDecoderLayer`).
+    states = 5 if how.fused and not how.checkpointing else 4
     return PartMemory(
         graph=(text.num_hidden_layers - 1) * layer + last + rotary,
         recomputed=recomputed,

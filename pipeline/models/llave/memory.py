@@ -29,7 +29,7 @@ def chunk_memory(
     tiles_at_once: the tower's tiles per forward pass; None is all.
     """
     text, vision, (side, patch) = text_of(config), vision_of(config), sides_of(config)
-    decoder = decoder_memory(text, tokens, how, head_norms=False, pairs=True)
+    decoder = decoder_memory(text, tokens, how, head_norms=False)
     patches = tiles * (side // patch) ** 2 * how.width  # bytes of one number per patch
     pixels = tiles * 3 * side**2 * how.width
     features = patches * vision.hidden_size  # the tower's output

@@ -36,7 +36,7 @@ from pipeline.models.llave import checks
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
-from pipeline.models.llave.qwen2 import pool_in_last_layer
+from pipeline.models.packed_attention import pool_in_last_layer
 from pipeline.models.packing import check_packing
 
 

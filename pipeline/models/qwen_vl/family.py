@@ -53,11 +53,6 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
         number = next((number for number, shard in source.shards if shard.videos), None)
         if number is None:
             return
-        if not checks.reads_videos(config):
-            raise PipelineError(
-                f"dataset {source.names[number]} has videos, which are not supported with a {config.model_type}, only "
-                "with qwen3_vl: leave it out of data.datasets"
-            )
         if not checks.patches(config, "model.path", recipe.model.max_tokens).fits(recipe.video.frames):
             raise PipelineError(
                 f"dataset {source.names[number]} has videos, of which video.frames={recipe.video.frames} frames are "

@@ -8,7 +8,7 @@ from pipeline.models.qwen_vl.checks import tower_width
 
 # Tensors of the MLP's width that a block of the tower saves for the backward pass, and how many are alive at once
 # without it: QuickGELU's input, the sigmoid and the product; gate, activated gate, up and their product; or before and
-# after GELU.
+# after GELU, which is part of a frozen layer's kernel.
 _WIDE = {"qwen2_vl": (3, 3), "qwen2_5_vl": (4, 3), "qwen3_vl": (2, 2)}
 
 
@@ -28,13 +28,14 @@ def chunk_memory(
     patches_at_once: the tower's patches per forward pass; None is all.
     """
     text, vision, width = config.text_config, config.vision_config, tower_width(config)
-    decoder = decoder_memory(text, tokens, how, head_norms=config.model_type == "qwen3_vl", pairs=False)
+    decoder = decoder_memory(text, tokens, how, head_norms=config.model_type == "qwen3_vl")
     merged = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))  # states of the tower that are merged to tokens
     patches = tokens * vision.spatial_merge_size**2
     numbers = patches * 3 * vision.patch_size**2 * (1 + videos)  # pixels; an image's two frames are the same
     # Bytes of a state of the tower, of a tensor of its MLP, of the embeddings, of the pixels, and of the angles.
     state, embeds = patches * how.width * width, tokens * how.width * text.hidden_size
     wide, (saved, alive) = patches * how.width * _mlp_width(config), _WIDE[config.model_type]
+    alive -= config.model_type == "qwen3_vl" and not tower_trained
     pixels, angles = numbers * how.width, 2 * patches * (width // vision.num_heads) * FP32
     features = merged * state
 

@@ -18,7 +18,6 @@ from pipeline.data.batch import Image
 from pipeline.models import loading
 from pipeline.models.attention import PackingModel, Segments, implementation
 from pipeline.models.chunks import Chunk, Packed
-from pipeline.models.lean import keep_less
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.decoder import pack_decoder, pooled_states
@@ -68,7 +67,6 @@ class QwenVL(PackingModel, _Parts):
         super().__init__(config)
         self.language_model: Any = AutoModel.from_config(config.text_config)
         self.post_init()
-        keep_less(self.language_model)
         pack_decoder(self.language_model)
         pack_tower(self.visual)
 
