@@ -42,7 +42,7 @@ from pipeline.jobs.program import command_line
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.chunks import Chunk, plan_chunks
 from pipeline.models.lean import LeanMLP, LeanRMSNorm, keep_less
-from pipeline.models.llave.qwen2 import pool_in_last_layer
+from pipeline.models.packed_attention import pool_in_last_layer
 
 TILE, PATCH, FEWER_TOKENS = 72, 8, 9  # 9 x 9 patches per tile; SigLIP-so400m has 27 x 27
 HEAD = 64

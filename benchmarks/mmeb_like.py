@@ -11,7 +11,7 @@ The paper gives no lengths: the shapes of images, and 10 to 60 text tokens in ad
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -55,6 +55,11 @@ def draw(config: LlavaOnevisionConfig, pairs: int, words: np.ndarray, fewer: int
         ids = np.concatenate([before, np.full(tokens, config.image_token_id), after])
         return Encoded(ids.astype(np.int32), (Image(tiles, height, width),))
 
+    return drawn(pairs, rng, item)
+
+
+def drawn(pairs: int, rng: np.random.Generator, item: Callable[[bool], Encoded]) -> Batch:
+    """Return a global batch of distinct items.  item: makes one, with an image or without."""
     kinds = rng.choice(len(PAIR_KINDS), pairs, p=list(PAIR_KINDS.values()))
     items = dict(enumerate(item(with_image) for kind in kinds for with_image in list(PAIR_KINDS)[kind]))
     query, target = (list(range(side, 2 * pairs, 2)) for side in range(2))

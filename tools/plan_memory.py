@@ -9,8 +9,8 @@ bytes, the unit of GPU vendors. The column of the recipe's own ZeRO stage uses i
 use ds_configs/. ZeRO 0 needs fp32.
 
 A chunk has batch.chunk_tokens tokens, or model.max_tokens if that is more. The estimate assumes chunks full of
-photographs (4:3), or full of videos (--videos), which have more tiles. Phases of a step in brackets do not overlap, so
-only the largest counts. The last lines show the largest batch.chunk_tokens that fits (none: one item of
+photographs (4:3), or full of videos (--videos), which have more tiles or pixels. Phases of a step in brackets do not
+overlap, so only the largest counts. The last lines show the largest batch.chunk_tokens that fits (none: one item of
 model.max_tokens does not fit), and how many chunks of one such item can keep their graph (batch.kept_chunks). If the
 DeepSpeed config offloads, the CPU memory follows. Every rank pins CPU memory for two chunks on their way to the GPU,
 and for a frozen tower's features beyond batch.features_mb; torch rounds each up to a power of two. Every rank also

@@ -41,9 +41,9 @@ def sample_frames(data: bytes, count: int, fps: float | None = None) -> list[Ima
         llava/utils.py): every n-th frame from the first on, where n is the video's mean frame rate / fps, rounded, and
         at least 1. If they are more than `count`, return `count` evenly spaced frames.
 
-    Each frame has its time in seconds as `info["seconds"]`, by the video's mean frame rate, if that is known. Rotated
-    videos are turned upright. Raises BadSample if the video is undecodable, has no frames or exceeds the limits
-    above, and for fps if its frame rate is unknown.
+    If the video's mean frame rate is known, each frame has its time in seconds as `info["seconds"]`, and the number of
+    returned frames per second of video as `info["sampled_fps"]`. Rotated videos are turned upright. Raises BadSample if
+    the video is undecodable, has no frames or exceeds the limits above, and for fps if its frame rate is unknown.
     """
     try:
         packets, max_pixels, rate = _survey(data)
@@ -54,7 +54,7 @@ def sample_frames(data: bytes, count: int, fps: float | None = None) -> list[Ima
             frames, _ = _decode(data, numbers, max_pixels)
         if rate:
             for number, frame in frames.items():
-                frame.info["seconds"] = number / rate
+                frame.info |= {"seconds": number / rate, "sampled_fps": len(numbers) / total * rate}
         return [frames[number] for number in numbers]
     except BadSample:
         raise

@@ -34,6 +34,20 @@ def pads(config: PreTrainedConfig) -> bool:
     return config._attn_implementation == implementation("sdpa")
 
 
+class PackingModel:
+    """A model whose language model attends on packed rows, and gives the vectors."""
+
+    language_model: Any
+
+    @property
+    def pads(self) -> bool:
+        return pads(self.language_model.config)
+
+    @property
+    def dimension(self) -> int:
+        return self.language_model.config.hidden_size
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A variable-length kernel of an optional package. All arguments but query, key and value are passed by name.

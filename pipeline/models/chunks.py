@@ -77,6 +77,11 @@ class Packed:
             return None
         return torch.from_numpy(np.stack([np.zeros_like(like) if vector is None else vector for vector in given]))
 
+    def places(self, *tokens: int) -> torch.Tensor:
+        """Return the places of these tokens in the row, (n,) int64 on the device of `input_ids`."""
+        # Computed on the CPU: `nonzero` on the device would wait for all queued work.
+        return sent(torch.isin(self.cpu_ids, torch.tensor(tokens)).nonzero()[:, 0], self.input_ids.device)
+
     @property
     def blank_tiles(self) -> list[int]:
         """The places among `tiles` of those that are zeros after normalisation; see `Image.blank`."""

@@ -9,6 +9,7 @@ nothing that is computed twice, as in the first pass of a gradient cache or by a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -91,6 +92,26 @@ class Tower:
     def flops(self, tokens: int, *, patches: int = 0, causal: bool = False) -> float:
         """Return the FLOPs of one item."""
         return self.token * tokens + self.pair * tokens**2 / (1 + causal) + self.patch * patches + self.item
+
+
+def pooled_decoder(model: Any, *, inputs: bool) -> Callable[[Sequence[Encoded]], float]:
+    """Return what counts the FLOPs of a language model that pools in its last layer (see `PoolingAttention`).
+
+    That layer has keys and values for all tokens, and one query for each item.  inputs: the gradient of the layers'
+    inputs is needed.
+    """
+    *layers, last = model.layers
+    attention, width = last.self_attn, attention_width(model.config)
+    token = per_row(*layers, attention.k_proj, attention.v_proj, inputs=inputs)
+    item = per_row(attention.q_proj, attention.o_proj, last.mlp, inputs=inputs)
+    pair, last_pair = (per_pair(width, count, inputs=inputs) for count in (len(layers), 1))
+
+    def flops(items: Sequence[Encoded]) -> float:
+        tokens = [len(each.input_ids) for each in items]
+        pairs = pair * sum(count**2 for count in tokens) / 2 + last_pair * sum(tokens)
+        return token * sum(tokens) + pairs + item * len(items)
+
+    return flops
 
 
 def image_flops(module: nn.Module, size: int, extra: int = 0, projection: nn.Module | None = None) -> float:

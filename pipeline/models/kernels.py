@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.distributed import gathered, rank_and_world
 from pipeline.models.attention import HALF
 
 logger = logging.getLogger(__name__)
@@ -122,9 +123,28 @@ rms_norm_backward.register_fake(
 )
 
 
+_all_can: bool | None = None  # whether all ranks of this job can run the kernels; None: they have not said it
+
+
+def agree() -> None:
+    """Compile and try the kernels; make all ranks use them if each can, and otherwise none. Collective.
+
+    A rank without them would round differently, and the others would wait for it in each step.
+    """
+    global _all_can
+    reasons = gathered(_why_not())
+    _all_can = not any(reasons)
+    if not (_all_can or reasons[0]) and rank_and_world()[0] == 0:
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+        logger.warning(
+            "no rank uses Triton's kernels, because %d of %d cannot: rank %d, %s",
+            *(sum(map(bool, reasons)), len(reasons), rank, reason),
+        )
+
+
 def usable(x: Tensor) -> bool:
-    """Whether the kernels run on this tensor. The first call on a GPU compiles and tries them."""
-    return x.is_cuda and x.dtype in HALF and not _why_not()
+    """Whether the kernels run on this tensor. Unless ranks `agree` before, the first call on a GPU tries them."""
+    return x.is_cuda and x.dtype in HALF and (not _why_not() if _all_can is None else _all_can)
 
 
 @cache

@@ -7,7 +7,7 @@ GELU is one kernel also in fp32 on the CPU, oneDNN's, which may round the last b
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any, cast
 
@@ -24,7 +24,6 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RMSNorm,
     rotate_half,
 )
-from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from pipeline.models import kernels
 from pipeline.models.attention import HALF
@@ -45,22 +44,32 @@ def keep_less(model: nn.Module) -> None:
     for module in model.modules():
         # Other models may do more with a layer's result than give it to the next layer or the norm.
         if any(_runs(module, kind) for kind in (Qwen2Model, LlamaModel)) and isinstance(module.norm, LeanRMSNorm):
-            for layer in cast(nn.ModuleList, module.layers):
-                norms = layer.input_layernorm, layer.post_attention_layernorm
-                if _runs(layer, Qwen2DecoderLayer) and all(type(norm) is LeanRMSNorm for norm in norms):
-                    layer.__class__ = LeanDecoderLayer
-                    for norm in norms:
-                        norm.__class__ = AddingRMSNorm
+            add_in_norms(layer for layer in cast(nn.ModuleList, module.layers) if _runs(layer, Qwen2DecoderLayer))
+
+
+def add_in_norms(layers: Iterable[nn.Module]) -> None:
+    """Make layers like Qwen2's leave their additions to the next norm, if `keep_less` has changed their norms.
+
+    What gets their results must be able to add; see State.
+    """
+    for layer in layers:
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        if all(type(norm) is LeanRMSNorm for norm in norms):
+            layer.__class__ = LeanDecoderLayer
+            for norm in norms:
+                norm.__class__ = AddingRMSNorm
 
 
 def fuse_gelu(tower: nn.Module) -> None:
-    """Make the MLPs of a SigLIP tower compute GELU in the kernel of the linear layer before it, where that is possible.
+    """Make the MLPs of a tower compute GELU in the kernel of the linear layer before it, where that is possible.
 
-    Weights, their names and hooks stay the same.
+    These are SigLIP's, and Qwen3-VL's. Weights, their names and hooks stay the same.
     """
     for module in tower.modules():
-        if isinstance(module, SiglipMLP) and type(module.activation_fn) is type(ACT2FN["gelu_pytorch_tanh"]):
-            module.fc1.__class__, module.activation_fn = GeluLinear, nn.Identity()
+        for linear, activation in (("fc1", "activation_fn"), ("linear_fc1", "act_fn")):
+            if type(getattr(module, activation, None)) is type(ACT2FN["gelu_pytorch_tanh"]):
+                getattr(module, linear).__class__ = GeluLinear
+                setattr(module, activation, nn.Identity())
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:

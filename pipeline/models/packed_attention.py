@@ -1,17 +1,33 @@
 """Attention of packed items, also of their last tokens alone, for decoders like Qwen2's and Qwen3's.
 
-A decoder's attention gets one of these classes, so weights, their names and hooks stay the same.
+Modules are transformers' own with a changed class, so weights, their names and hooks stay the same.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.models.attention import Segments
-from pipeline.models.lean import rotated, shared
+from pipeline.models.lean import LeanDecoderLayer, SharingLinear, State, rotated, shared
 
 Angles = tuple[Tensor, Tensor]  # cosines and sines of the positions, (1, T, d)
+
+
+def pool_in_last_layer(model: nn.Module) -> None:
+    """Make the layers of a decoder return (1, N, hidden) for N packed items: the states of their last tokens.
+
+    The last layer computes keys and values for all tokens, but queries, attention and MLP only for the last tokens.
+    This removes nearly all of the layer's computation. The other layers' attention only runs fewer kernels. The layers
+    are each a LeanDecoderLayer.
+    """
+    layers = cast(nn.ModuleList, model.layers)
+    for layer in layers:
+        attention = cast(Any, layer.self_attn)
+        attention.__class__ = PackedAttention
+        attention.q_proj.__class__ = attention.k_proj.__class__ = SharingLinear
+    last = layers[-1]
+    last.__class__, last.self_attn.__class__ = PoolingLayer, PoolingAttention
 
 
 class PackedAttention(nn.Module):
@@ -63,3 +79,13 @@ class PoolingAttention(PackedAttention):
         last = segments.last
         queried = hidden_states[:, last], hidden_states, (cos[:, last], sin[:, last]), (cos, sin)
         return self.attend(*queried, segments.asked_by_last())
+
+
+class PoolingLayer(LeanDecoderLayer):
+    """Maps (1, T, hidden) of N packed items to (1, N, hidden), their last tokens."""
+
+    def attend(  # type: ignore[override]  # the model passes segments
+        self, hidden_states: State, *, position_embeddings: Angles, segments: Segments, **others: object
+    ) -> tuple[Tensor, Tensor]:
+        normalised, residual = self.input_layernorm(hidden_states)
+        return residual[:, segments.last], self.self_attn(normalised, position_embeddings, segments)

@@ -12,7 +12,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from pipeline.config import Optimizer, Recipe, is_offloaded
 from pipeline.errors import PipelineError
-from pipeline.models.attention import choose
+from pipeline.models import kernels
+from pipeline.models.attention import HALF, choose
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import Frozen
 from pipeline.models.loading import DTYPES
@@ -35,9 +36,11 @@ def build_engine(recipe: Recipe, config: dict[str, Any], model_path: str) -> dee
     A frozen part outside the engine is not included: see `load_frozen`.
     config: DeepSpeed's config, from `load_ds_config`.
     """
-    family = training_of(recipe)
+    family, device = training_of(recipe), get_accelerator().device_name()
     dtype = cast(torch.dtype, DTYPES[recipe.precision])
-    attention = choose(recipe.model.attention, get_accelerator().device_name(), dtype, family.decoder(recipe))
+    attention = choose(recipe.model.attention, device, dtype, family.decoder(recipe))
+    if device == "cuda" and dtype in HALF:
+        kernels.agree()
     if dist.get_rank() == 0:
         logger.info("attention: %s", attention)
     if config["zero_optimization"]["stage"] == 3:

@@ -1,9 +1,12 @@
 """The project's recipes for the published models: their values and model sizes."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from qwen_sizes import fields_of
 from transformers import LlavaOnevisionConfig, LlavaOnevisionModel, Qwen2Config, SiglipVisionConfig
 
 from pipeline.config import load_ds_config, load_recipe
@@ -11,6 +14,7 @@ from pipeline.data.mmeb import MMEB_TASKS
 from pipeline.errors import PipelineError
 from pipeline.models.llave.model import TowerlessLlave
 from pipeline.training.engine import freeze, learning_rate, parameter_groups
+from pipeline.training.memory import Plan
 
 SIZES = ("0.5b", "2b", "7b")
 
@@ -20,6 +24,15 @@ BACKBONES = {
     "0.5b": ((896, 24, 14, 2, 4864, 151_936), 0.89, 0),
     "2b": ((1536, 28, 12, 2, 8960, 151_936), 1.95, 0),
     "7b": ((3584, 28, 28, 4, 18944, 152_064), 8.03, 152_064 * 3584),
+}
+NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+TOWER = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
 }
 
 
@@ -36,6 +49,10 @@ SUBSETS = """
 ImageNet_1K HatefulMemes SUN397 N24News VOC2007 OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W VisDial CIRR
 NIGHTS WebQA VisualNews_i2t VisualNews_t2i MSCOCO_t2i MSCOCO_i2t MSCOCO
 """
+
+
+def language_model(size: str) -> dict[str, int]:
+    return dict(zip((*NAMES, "vocab_size"), BACKBONES[size][0], strict=True))
 
 
 def recipe(size: str, *overrides: str):
@@ -94,25 +111,9 @@ def test_values_of_llm2clip_stage_1_match_paper():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_match_published_models(size):
-    (hidden, layers, heads, key_value_heads, mlp, vocabulary), published, head = BACKBONES[size]
-    tower = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=26,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        vocab_size=vocabulary,
-    )
-    config = LlavaOnevisionConfig(vision_config=tower, text_config=text, vision_feature_layer=-1)
+    _, published, head = BACKBONES[size]
+    vision, text = SiglipVisionConfig(**TOWER, vision_use_head=False), Qwen2Config(**language_model(size))
+    config = LlavaOnevisionConfig(vision_config=vision, text_config=text, vision_feature_layer=-1)
     with torch.device("meta"):
         whole, without = LlavaOnevisionModel(config), TowerlessLlave(config)
     count = sum(parameter.numel() for parameter in whole.parameters())
@@ -126,6 +127,63 @@ def test_parameter_counts_match_published_models(size):
     assert count - sum(parameter.numel() for parameter in without.parameters()) == sum(
         parameter.numel() for parameter in whole.vision_tower.parameters()
     )
+
+
+# Qwen-VL's recipes: the model at model.path, and its size.
+QWEN = {
+    "qwen2_vl_2b": ("Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-2B"),
+    "qwen3_vl_2b": ("Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL-2B"),
+    "qwen3_vl_8b": ("Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL-8B"),
+}
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_qwen_vl_recipes(name):
+    """Qwen2-VL's variant has the values of VLM2Vec-V2's published script; the others' are LLaVE's."""
+    whole, lora = (load_recipe(f"{name}.yaml", list(overrides)) for overrides in ((), ("variant=lora",)))
+    for each in (whole, lora):
+        assert each.model.path == QWEN[name][0]
+        assert (each.objective.alpha, each.objective.temperature, each.batch.sub_batch) == (9.0, 0.02, None)
+        assert each.batch.global_batch == (1024 if name == "qwen2_vl_2b" else 256)
+        assert {part.name for part in each.data.datasets} == set(SUBSETS.split())
+    adapters, train = lora.model.train.lora, lora.model.train
+    assert (train.projector, train.language_model, train.vision_tower) == (False, True, False)
+    assert lora.run == f"{whole.run}_lora"
+    if name == "qwen2_vl_2b":
+        assert (lora.optimizer.lr, adapters.rank, adapters.alpha) == (5e-5, 16, 64)
+        assert lora.optimizer.warmup_ratio == 100 / 5000
+        assert (lora.model.min_pixels, lora.model.max_pixels) == (4 * 28 * 28, 1280 * 28 * 28)
+
+
+def jobs() -> list[tuple[str, str, int]]:
+    """Return each job's recipe of the two families, with its GPUs by its script; `lora` has one."""
+    found = []
+    for script in sorted(Path("slurm").glob("train_*.sh")):
+        text = script.read_text()
+        name = re.search(r"recipes/(.+)\.yaml", text)[1]
+        if name.startswith(("llave_", "qwen")):
+            nodes, gpus = (int(re.search(rf"--{option}=(\d+)", text)[1]) for option in ("nodes", "gpus-per-node"))
+            found += [(name, "", nodes * gpus), *([(name, "lora", 1)] if name in QWEN else [])]
+    return found
+
+
+@pytest.mark.parametrize(("name", "variant", "gpus"), jobs())
+def test_recipes_fit_into_80_gb(name, variant, gpus):
+    """By the memory plan, a chunk of one item of maximum length fits into 90 % of each GPU; `auto` fills no more."""
+    if name in QWEN:
+        architecture = fields_of(QWEN[name][1])
+    else:
+        size = name.removeprefix("llave_")
+        pinpoints = recipe(size).model.image_grid_pinpoints
+        architecture = {"vision": TOWER, "text": language_model(size), "image_grid_pinpoints": pinpoints}
+    changes = ["model.path=null", f"model.architecture={json.dumps(architecture)}"]
+    changes += [] if name in QWEN else ["model.image_grid_pinpoints=null"]
+    planned = load_recipe(f"{name}.yaml", changes + ([f"variant={variant}"] if variant else []))
+    zero, plan = load_ds_config(planned, gpus)["zero_optimization"], Plan.of(planned, gpus, videos=False)
+    states = plan.states(zero["stage"], zero)
+    assert plan.largest_chunk(0.9 * 80e9, states) >= planned.model.max_tokens
+    trained = sum(group.parameters for group in plan.groups if group.trained)
+    assert trained < 0.02 * sum(group.parameters for group in plan.groups) if variant else trained > 4e8
 
 
 def test_stage_two_values_match_published_code():

@@ -1,7 +1,8 @@
 """Trace optimizer steps on CUDA tensors without data, on a machine without a GPU.
 
-    python tests/cuda_trace             compare all steps with budgets.yaml, and the roofline's extrapolation to a whole
-                                        model with a whole model; test_cuda_trace.py runs this
+    python tests/cuda_trace             compare all steps with budgets.yaml, the roofline's extrapolation to a whole
+                                        model with a whole model, and the memory plan with the tensors alive;
+                                        test_cuda_trace.py runs this
     python tests/cuda_trace --update    write budgets.yaml
     python tests/cuda_trace --roofline  print what steps of the whole models cost, and how long an H100 would take
 
@@ -18,7 +19,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import guard
 
@@ -27,6 +28,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import budgets
 import large
+import memory
 import roofline
 import steps
 from transformers.utils import logging
@@ -49,7 +51,7 @@ def main() -> None:
     if arguments.update:
         kept = budgets.read() if arguments.names else {}
         return budgets.write(kept | {name: budgets.measured(name) for name in arguments.names or budgets.CASES})
-    sys.exit(compare(arguments.names or (*budgets.CASES, EXTRAPOLATION)))
+    sys.exit(compare(arguments.names or (*budgets.CASES, EXTRAPOLATION, *memory.CASES)))
 
 
 def compare(names: Iterable[str]) -> bool:
@@ -59,6 +61,8 @@ def compare(names: Iterable[str]) -> bool:
         try:
             if name == EXTRAPOLATION:
                 problems = large.wrong_extrapolation()
+            elif name in memory.CASES:
+                problems = memory.wrong(name)
             else:
                 problems = budgets.excess(budgets.measured(name), known[name])
         except Exception as error:

@@ -10,7 +10,7 @@ import yaml
 from tracer import Record
 
 _LARGE = "LLaVE "
-CASES = (*small.CASES, *(f"{_LARGE}{model}" for model in large.MODELS))
+CASES = (*small.CASES, *(f"{_LARGE}{model}" for model in large.LLAVE), *large.QWEN)
 FILE = Path(__file__).with_name("budgets.yaml")
 PAIRS = 4  # of a step in real shapes
 _HEADER = """\

@@ -17,7 +17,7 @@ _PARTS = {
     "LoRA": r"lora|\bpeft\b|AdaptedLinear|AddingLinear|_AddProduct",
     "SwiGLU": r"mlp|silu|swiglu",
 }
-_TOWER, _LOSS = "FrozenTower", f"{PIPELINE}/objectives/contrastive/"
+_TOWERS, _LOSS = ("FrozenTower", "FrozenQwenTower"), f"{PIPELINE}/objectives/contrastive/"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def scope_of(frames: Iterable[FrameType]) -> Scope:
     for frame in frames:
         of_code, place = _of_code(frame.f_code)
         part, where = part or of_code, where or place
-        tower = tower or frame.f_code.co_qualname.startswith(_TOWER)
+        tower = tower or frame.f_code.co_qualname.startswith(_TOWERS)
         if not layer and frame.f_code.co_name == "forward":
             layer = isinstance(frame.f_locals.get("self"), GradientCheckpointingLayer)
         if frame.f_code.co_name == "traced_step":

@@ -21,13 +21,23 @@ from pipeline.models.attention import implementation
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.chunks import CachedFeatures
 from pipeline.models.family import Processor
+from pipeline.models.qwen_vl.model import FrozenQwenTower, QwenVL
 from pipeline.models.registry import training_of
 from pipeline.models.text_encoder import model as decoder
 from pipeline.training.engine import adapt, freeze
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipeline/recipes"
 PAIRS = 8
-# Recipe, options. `attention` is the kernel of the language model, which the recipe's `auto` would choose on a GPU.
+QWEN_2_5 = {  # with windows of four tokens in the tower's first and last block
+    "model.architecture": "{model_type: qwen2_5_vl, "
+    "vision: {hidden_size: 96, out_hidden_size: 128, intermediate_size: 192, num_heads: 4, depth: 3, patch_size: 8, "
+    "window_size: 32, fullatt_block_indexes: [1]}, "
+    "text: {hidden_size: 128, intermediate_size: 256, num_hidden_layers: 3, num_attention_heads: 4, "
+    "num_key_value_heads: 2, vocab_size: 512, "
+    "rope_parameters: {rope_type: default, rope_theta: 1.0e+4, mrope_section: [6, 5, 5]}}}"
+}
+# Recipe, options. `attention` is the kernel of the language model, which the recipe's `auto` would choose on a GPU; of
+# a Qwen-VL, also that of the tower.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llave, tower trained": ("demo", {"attention": "varlen"}),
     "llave, tower frozen, flash-attn": ("demo", {"attention": "flash_attn", "model.train.vision_tower": "false"}),
@@ -55,6 +65,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "objective.distill": "{scores: stored}",
             "batch.sub_batch": "32",
         },
+    ),
+    "qwen3-vl, tower trained": ("demo_qwen", {"attention": "varlen"}),
+    "qwen3-vl, checkpointing, sdpa": ("demo_qwen", {"attention": "sdpa", "batch.activation_checkpointing": "true"}),
+    "qwen3-vl, tower frozen, LoRA": (
+        "demo_qwen",
+        {"attention": "varlen", "model.train.vision_tower": "false", "model.train.lora": "{rank: 4}"},
+    ),
+    "qwen2.5-vl, tower trained": ("demo_qwen", {"attention": "varlen"} | QWEN_2_5),
+    "qwen2.5-vl, tower frozen, sdpa": (
+        "demo_qwen",
+        {"attention": "sdpa", "model.train.vision_tower": "false"} | QWEN_2_5,
     ),
     "clip": ("demo_clip", {}),
     "clip, fp32": ("demo_clip", {"precision": "fp32"}),
@@ -93,6 +114,9 @@ def trace(name: str) -> Record:
         family.build(recipe.model, _TEXTS, 0, Path(folder))
         processor, model = family.processor(recipe, folder), family.load(recipe, folder, attention)
         frozen = family.frozen(recipe, folder, torch.device("cpu"))
+    for part in (model, frozen):
+        if isinstance(part, QwenVL | FrozenQwenTower):
+            part.visual.config._attn_implementation = implementation(attention)
     freeze(model, recipe)
     adapt(model, recipe)
     if recipe.batch.activation_checkpointing:
@@ -114,7 +138,7 @@ def trace(name: str) -> Record:
 
 
 def _batch(recipe: Recipe, processor: Processor) -> Batch:
-    makers = {"llave": _llave_pairs, "text_encoder": _text_pairs}
+    makers = {"llave": _llave_pairs, "qwen_vl": _llave_pairs, "text_encoder": _text_pairs}
     pairs = makers.get(recipe.model.family, _two_tower_pairs)(recipe)
     raw = [RawSample(i, Origin("shard", i), b"", lambda pair=pair: pair) for i, pair in enumerate(pairs)]
     batch = Batch.of([encode_rows(raw, processor.encode)])

@@ -1,4 +1,7 @@
-"""Compare what optimizer steps would do on a GPU with budgets.yaml. `python tests/cuda_trace --help` says more."""
+"""Compare what optimizer steps would do on a GPU with budgets.yaml, and the memory plan with the tensors alive there.
+
+`python tests/cuda_trace --help` says more.
+"""
 
 import os
 import subprocess
@@ -10,6 +13,9 @@ import yaml
 
 HERE = Path(__file__).parent
 CASES = [*yaml.safe_load((HERE / "budgets.yaml").read_text()), "extrapolation to all layers"]
+FAMILIES = ("llave", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+CASES += [f"memory, {family}, {way}" for way in ("tower trained", "tower frozen, LoRA") for family in FAMILIES]
+CASES += [f"memory, {family}, tower trained, checkpointing" for family in ("llave", "qwen3_vl")]
 
 
 @pytest.fixture(scope="module")

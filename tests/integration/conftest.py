@@ -50,20 +50,36 @@ def as_many_threads_as_a_rank_has() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the folder of a Qwen3-VL with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "qwen3_vl"
-    vision = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 48, "depth": 2, "num_heads": 2}
-    vision |= {"patch_size": 4, "num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
+def tiny_qwens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the folders of a Qwen2-VL, a Qwen2.5-VL and a Qwen3-VL with random weights, by their model_type."""
+    root = tmp_path_factory.mktemp("models")
+    tower = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 48, "depth": 2, "num_heads": 2}
+    towers = {
+        "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2, "depth": 2, "num_heads": 2},
+        "qwen2_5_vl": tower | {"window_size": 16, "fullatt_block_indexes": [1]},  # windows of two tokens a side
+        "qwen3_vl": tower | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0]},
+    }
     text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "initializer_range": 0.1}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}
-    architecture = {"model_type": "qwen3_vl", "vision": vision, "text": text}
-    training("qwen_vl").build(section("qwen_vl", architecture=architecture), ["a small red star"], 1, folder)
-    with torch.no_grad():  # at zero, where biases begin, a relative difference has no meaning
-        model = AutoModel.from_pretrained(folder)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
-        model.save_pretrained(folder)
-    return str(folder)
+    text |= {"num_key_value_heads": 2, "vocab_size": 320, "initializer_range": 0.1}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 2, 2]}
+    texts = {
+        "qwen2_vl": text | {"rope_parameters": rope},
+        "qwen2_5_vl": text | {"rope_parameters": rope},
+        "qwen3_vl": text | {"head_dim": 16, "rope_parameters": rope | {"mrope_section": [4, 2, 2]}},
+    }
+    for kind, vision in towers.items():
+        architecture = {"model_type": kind, "vision": vision | {"patch_size": 4}, "text": texts[kind]}
+        training("qwen_vl").build(section("qwen_vl", architecture=architecture), ["a small red star"], 1, root / kind)
+        with torch.no_grad():  # at zero, where biases begin, a relative difference has no meaning
+            model = AutoModel.from_pretrained(root / kind)
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
+            model.save_pretrained(root / kind)
+    return {kind: str(root / kind) for kind in towers}
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tiny_qwens: dict[str, str]) -> str:
+    """Return the folder of a Qwen3-VL with random weights."""
+    return tiny_qwens["qwen3_vl"]

@@ -18,8 +18,8 @@ def references(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny_models(tiny_model, tiny_qwen) -> str:
-    return f"{tiny_model},{tiny_qwen}"
+def tiny_models(tiny_model, tiny_qwens) -> str:
+    return ",".join([tiny_model, *tiny_qwens.values()])
 
 
 def begin(name: str, world: int, model: str, folder: Path, references: Path, *flags: str) -> list[Rank]:

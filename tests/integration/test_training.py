@@ -228,13 +228,19 @@ def test_original_checkpoint_trains_adapters_with_automatic_budget(recipe, tmp_p
         assert_close_in_norm(by_command[name], weight, operations=64)
 
 
-def test_family_of_native_resolution_trains_and_its_export_embeds(recipe, tiny_qwen, tmp_path):
-    run, steps = tmp_path / "run", ["steps=3", "checkpoint.every=2", "evaluation=null"]
+def test_family_of_native_resolution_resumes_on_one_process_and_its_export_embeds(recipe, tiny_qwen, tmp_path):
+    run, steps = tmp_path / "run", ["steps=5", "checkpoint.every=2", "evaluation=null"]
     steps.append("deepspeed=ds_configs/zero2.json")
     given = ["pipeline/recipes/demo_qwen.yaml", f"model.path={tiny_qwen}", *recipe[2:], *steps]
-    ended = launch(command(given, run, "model.train.vision_tower=false", "model.max_pixels=2048"), world=2)
-    assert ended.status == [0, 0], ended.output[-4000:]
-    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
+    given = command(given, run, "model.train.vision_tower=false", "model.max_pixels=2048")
+    ended = launch([str(Path(__file__).with_name("killed.py")), "5", *given[2:]], world=2)
+    assert ended.status == [-signal.SIGKILL] * 2, ended.output[-4000:]
+    saved = checkpoint.candidates(run / "checkpoints")[0]
+    assert checkpoint.step_of(saved) in (2, 4)  # the last one is written while the next steps are taken
+    ended = launch(given, world=1)
+    assert ended.status == [0], ended.output[-4000:]
+    assert f"{saved.name} is of 2 processes: converting it for 1" in ended.output
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     weights, initial = load_file(run / "export/model.safetensors"), load_file(f"{tiny_qwen}/model.safetensors")
     assert weights.keys() == initial.keys()
     moved = {name.split(".")[1] for name in weights if not torch.equal(weights[name], initial[name])}

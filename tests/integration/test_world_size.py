@@ -27,28 +27,28 @@ from pipeline.models.llave.model import build
 from pipeline.training import checkpoint, manifest
 
 WORKER = str(Path(__file__).with_name("world_size.py"))
-CASES = ["zero0", "zero1", "zero2", "zero3", "zero3-adapters", "zero1-bf16"]
+CASES = ["zero0", "zero1", "zero2", "zero3", "zero3-adapters", "zero1-bf16", "zero3-qwen"]
 LAST = 7
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The folder that WORKER wrote to, and (loss, gradient norm) for each case and step, starting with step `first`."""
+    """WORKER's models and folder, and (loss, gradient norm) for each case and step, starting with step `first`."""
 
-    model: str
+    models: str
     folder: Path
     first: int
     results: dict[str, list[list[float]]]
 
     def resumed(self, by: int, saved_by: int, first: int, cases: list[str]) -> "Saved":
         """Take steps `first` to LAST on `by` processes, from the checkpoints that `saved_by` processes wrote."""
-        arguments = [self.model, str(self.folder), str(saved_by), str(first), str(LAST), *cases]
+        arguments = [self.models, str(self.folder), str(saved_by), str(first), str(LAST), *cases]
         ended = launch([WORKER, *arguments], by)
         assert ended.status == [0] * by, ended.output[-4000:]
         lines = [line for line in ended.output.splitlines() if line.startswith("{")]
         assert ("converting" in ended.output) == (first > 0)
-        return Saved(self.model, self.folder, first, json.loads(lines[0]))
+        return Saved(self.models, self.folder, first, json.loads(lines[0]))
 
     def assert_follows(self, undisturbed: "Saved") -> None:
         for case, results in self.results.items():
@@ -65,8 +65,8 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Saved:
-    """Run every case on two processes. The model is so small that one of four ranks has no part of a small group."""
+def undisturbed(tiny_qwen, tmp_path_factory) -> Saved:
+    """Run every case on two processes. The LLaVE is so small that one of four ranks has no part of a small group."""
     folder = tmp_path_factory.mktemp("world")
     model = folder / "model"
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory) -> Saved:
         image_grid_pinpoints=[(24, 24), (24, 48), (48, 24), (48, 48)],
     )
     build(architecture, ["a small red star at the top left", "a large blue ring"], seed=1, folder=model)
-    return Saved(str(model), folder, 0, {}).resumed(by=2, saved_by=2, first=0, cases=CASES)
+    return Saved(f"{model},{tiny_qwen}", folder, 0, {}).resumed(by=2, saved_by=2, first=0, cases=CASES)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""`python world_size.py MODEL RUN SAVED_BY FIRST LAST CASE...`: take steps FIRST to LAST in an engine of each case.
+"""`python world_size.py MODELS RUN SAVED_BY FIRST LAST CASE...`: take steps FIRST to LAST in an engine of each case.
+
+MODELS: the folders of a LLaVE and of a Qwen-VL, with a comma between them.
 
 If FIRST is 0, starts a new run; otherwise loads the checkpoint that SAVED_BY processes wrote after FIRST steps. Writes
 a checkpoint every two steps, and prints each case's losses and gradient norms as JSON.
@@ -18,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from pipeline.config import load_ds_config, load_recipe
 from pipeline.distributed import end_distributed, start_distributed
 from pipeline.models.chunks import CachedFeatures
-from pipeline.models.llave.processor import LlaveProcessor
+from pipeline.models.registry import training_of
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.training import checkpoint
 from pipeline.training.budget import Budget
@@ -39,14 +41,16 @@ CASES = {
     "zero3": ("zero3", 5_000, "fp32", WHOLE),
     "zero3-adapters": ("zero3", None, "fp32", ADAPTERS),
     "zero1-bf16": ("zero1", None, "bf16", WHOLE),
+    "zero3-qwen": ("zero3", None, "fp32", WHOLE),
 }
 
 
-def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> list[tuple[float, float]]:
+def run(case: str, models: str, folder: Path, saved_by: int, steps: range) -> list[tuple[float, float]]:
     config, sub_group, precision, fields = CASES[case]
+    model, demo = models.split(",")["qwen" in case], "demo_qwen" if "qwen" in case else "demo"
     fields = [f"deepspeed=ds_configs/{config}.json", f"precision={precision}", f"model.path={model}", *fields]
     fields += [f"batch.global_batch={PAIRS}", "batch.chunk_tokens=200", "optimizer.weight_decay=1.0"]
-    recipe = load_recipe("pipeline/recipes/demo.yaml", fields)
+    recipe = load_recipe(f"pipeline/recipes/{demo}.yaml", fields)
     rank, world = dist.get_rank(), dist.get_world_size()
     config = load_ds_config(recipe, world)
     if world == 4 and case.startswith("zero3"):
@@ -60,7 +64,7 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
         if start != as_saved:
             config["checkpoint"] = {"load_universal": True}
     tower = load_frozen(recipe, model, torch.device("cpu"))
-    engine, processor = build_engine(recipe, config, model), LlaveProcessor.load(model, 512)
+    engine, processor = build_engine(recipe, config, model), training_of(recipe).processor(recipe, model)
     objective = Contrastive(recipe, engine.device)
     if start:
         state = checkpoint.load(engine, start)
@@ -102,10 +106,10 @@ def run(case: str, model: str, folder: Path, saved_by: int, steps: range) -> lis
 
 
 def main() -> None:
-    model, folder, saved_by, first, last, *cases = sys.argv[1:]
+    models, folder, saved_by, first, last, *cases = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
     steps = range(int(first), int(last))
-    results = {case: run(case, model, Path(folder), int(saved_by), steps) for case in cases}
+    results = {case: run(case, models, Path(folder), int(saved_by), steps) for case in cases}
     if dist.get_rank() == 0:
         print(json.dumps(results))
     end_distributed()

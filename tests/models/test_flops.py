@@ -138,8 +138,7 @@ def test_qwen_vl(options, tmp_path):
     pictures = [Picture.new("RGB", size) for size in ((48, 32), (90, 20))]
     processor = training_of(recipe).processor(recipe, str(tmp_path))
     items = [processor.encode_parts("<image>\nstar", [lambda each=each: each], None) for each in pictures]
-    if recipe.model.architecture.model_type == "qwen3_vl":
-        items.append(processor.encode_parts("<video> moves", [], lambda: [Picture.new("RGB", (32, 24))] * 3))
+    items.append(processor.encode_parts("<video> moves", [], lambda: [Picture.new("RGB", (32, 24))] * 3))
     items += texts() if recipe.model.train.language_model else []
     text, tokens = model.language_model.config, [len(item.input_ids) for item in items]
     head = text.hidden_size // text.num_attention_heads

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2Config, Qwen2Model, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMLP
+from two_ranks import on_two_ranks
 
 from pipeline.models import kernels, lean
 from pipeline.models.attention import Segments, implementation
 from pipeline.models.checkpointing import checkpoint_layers
 from pipeline.models.lean import fuse_gelu
-from pipeline.models.llave.qwen2 import pool_in_last_layer
+from pipeline.models.packed_attention import pool_in_last_layer
 
 LENGTHS = (5, 1, 17, 3)
 BF16_STEP = 2**-7  # relative; the interpreter truncates, where a GPU rounds to nearest
@@ -211,6 +213,23 @@ def test_callers_run_without_kernels_that_fail_or_are_wrong(largest, reason, mon
     assert "TRITON_CACHE_DIR" in caplog.text
     monkeypatch.setattr(kernels, "_largest_difference", lambda device: 2**-8)
     assert kernels._why_not.__wrapped__() == ""
+
+
+def _agreeing(rank: int) -> list[list[bool]]:
+    """Return which of two ranks can run the kernels, and what they then do, on a tensor that seems to be on a GPU."""
+    x, found = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16), []
+    for able in ((True, False), (False, True), (True, True)):
+        kernels._why_not.cache_clear()
+        with mock.patch.object(kernels, "_largest_difference", lambda device, able=able: 0.0 if able[rank] else 1.0):
+            kernels.agree()
+            found.append([not kernels._why_not(), kernels.usable(x)])
+    return found
+
+
+def test_all_ranks_use_kernels_or_none():
+    first, second = on_two_ranks(_agreeing)
+    assert first == [[True, False], [False, False], [True, True]]
+    assert second == [[False, False], [True, False], [True, True]]
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from pipeline.models.lean import (
     keep_less,
     shared,
 )
-from pipeline.models.llave.qwen2 import pool_in_last_layer
 from pipeline.models.lora import add_adapters
+from pipeline.models.packed_attention import pool_in_last_layer
 
 LENGTHS = (5, 1, 17, 3)
 

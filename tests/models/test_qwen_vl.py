@@ -11,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import eager_kernels
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import OPERATIONS, assert_close_in_norm
 from PIL import Image as Picture
+from qwen_sizes import SIZES, fields_of
 from sections import section
 from tokenizers import Tokenizer, processors
 from transformers import (
@@ -31,7 +33,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -50,10 +52,10 @@ from pipeline.models.qwen_vl import family as family_module
 from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.folder import save_folder
 from pipeline.models.qwen_vl.model import FrozenQwenTower, QwenVL, TowerlessQwenVL, build
-from pipeline.models.qwen_vl.patches import Patches, positions
+from pipeline.models.qwen_vl.patches import Grid, Patches, positions
 from pipeline.models.qwen_vl.processor import QwenVLProcessor
 from pipeline.models.qwen_vl.prompts import PREFIX, PROMPTS, SUFFIX
-from pipeline.models.qwen_vl.tower import grid_of
+from pipeline.models.qwen_vl.tower import grid_of, normalised
 from pipeline.models.registry import family_of, saved, training
 
 CPU = torch.device("cpu")
@@ -133,14 +135,10 @@ def theirs_of(folder: str, kind: str, max_pixels: int = 1800 * 8 * 8) -> tuple[A
 
 
 def their_inputs(
-    processor: Any, item: Item, video: dict[str, Any] | None = None, instruction: str = "Represent the user's input."
+    processor: Any, item: Item, instruction: str = "Represent the user's input."
 ) -> dict[str, torch.Tensor]:
-    """Return the inputs that transformers' processor makes of the prompt.
-
-    video: its processed video, in place of a NUL.
-    """
+    """Return the inputs that transformers' processor makes of the prompt."""
     text = re.sub(r"<image>\s*", "<|vision_start|><|image_pad|><|vision_end|>", item.text)
-    text = text.replace("\0", processor.replace_video_token(video, 0)) if video else text
     prompt = PREFIX.format(instruction) + text + SUFFIX
     images = [Picture.open(io.BytesIO(each)) for each in item.images]
     return dict(processor(text=[prompt], images=images or None, return_tensors="pt"))
@@ -177,6 +175,14 @@ def test_tokens_patches_embeddings_and_gradients_match_transformers(kind, folder
     ]
     assert all(gradient.any() for gradient in found[1].values())
     assert_close_in_norm(*found, operations=LONGER)
+    returned = []
+    model.language_model.layers[0].register_forward_hook(lambda layer, given, result: returned.append(type(result)))
+    with eager_kernels.installed():  # as on a GPU
+        on_gpu = model(pack(encoded), True)
+        again = torch.autograd.grad((on_gpu * directions).sum(), wanted[0].values())
+    assert returned == [tuple]
+    assert_close_in_norm(on_gpu, expected)
+    assert_close_in_norm(dict(zip(wanted[0], again, strict=True)), found[1], operations=LONGER)
     checkpoint_layers(model)
     again = torch.autograd.grad((model(pack(encoded), True) * directions).sum(), wanted[0].values())
     assert_close_in_norm(dict(zip(wanted[0], again, strict=True)), found[1], operations=LONGER)
@@ -199,6 +205,25 @@ def test_half_precision_is_as_near_to_float32_as_transformers(kind, folders):
     off, their_off = ((each - exact).norm(dim=1) for each in (half, their))
     assert half.dtype == torch.float32
     assert 0 < off.mean() < 1.5 * their_off.mean() < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_has_the_directions_of_float32(kind, tmp_path):
+    """With weights as small as published models begin with, bf16 itself has cosines above 0.9999."""
+    parts = {name: part | {"initializer_range": 0.02} for name, part in ARCHITECTURES[kind].items()}
+    folder = str(tmp_path / "model")
+    build(QwenVLArchitecture(model_type=kind, **parts), ["a small red star"], 1, Path(folder))
+    packed = pack([QwenVLProcessor.load(folder, 2048).encode(item) for item in ITEMS])
+    theirs, processor = theirs_of(folder, kind)
+    half, model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval(), QwenVL.load(folder, torch.bfloat16)
+    inputs = [their_inputs(processor, item) for item in ITEMS]
+    with torch.no_grad():
+        exact, their = (torch.cat([theirs_embedded(each, given) for given in inputs]) for each in (theirs, half))
+        ours = model(packed, True)
+        with eager_kernels.installed():
+            on_gpu = model(packed, True)
+    for rows in (their, ours, on_gpu):
+        assert 0.9999 < (rows * exact).sum(dim=1).min() < 1 - 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,30 +298,13 @@ def test_blank_image_reaches_every_parameter_and_changes_nothing(kind, outside, 
     assert all(not gradient.any() for gradient in found)
 
 
-# (version; the tower's width, MLP and depth; hidden size, layers, heads, key-value heads, MLP and vocabulary; published
-# number of parameters; whether that includes an LM head besides the embedding).
-SIZES = {
-    "Qwen2-VL-2B": ("qwen2_vl", (1280, 5120, 32), (1536, 28, 12, 2, 8960, 151_936), 2_208_985_600, False),
-    "Qwen2.5-VL-7B": ("qwen2_5_vl", (1280, 3420, 32), (3584, 28, 28, 4, 18_944, 152_064), 8_292_166_656, True),
-    "Qwen3-VL-2B": ("qwen3_vl", (1024, 4096, 24), (2048, 28, 16, 8, 6144, 151_936), 2_127_532_032, False),
-}
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_match_published_models(size):
-    kind, (width, wide, depth), (hidden, layers, heads, key_value_heads, mlp, vocabulary), published, head = SIZES[size]
-    vision = {"depth": depth, "num_heads": 16}
-    if kind == "qwen2_vl":
-        vision |= {"embed_dim": width, "mlp_ratio": wide // width, "hidden_size": hidden}
-    else:
-        vision |= {"hidden_size": width, "intermediate_size": wide, "out_hidden_size": hidden}
-    text = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
-    text |= {"num_key_value_heads": key_value_heads, "intermediate_size": mlp}
-    text |= {"rope_parameters": ROPE | {"mrope_section": [24, 20, 20]}}
-    architecture = QwenVLArchitecture(model_type=kind, vision=vision, text=text)
+    *_, (hidden, *_, vocabulary), published, head = SIZES[size]
+    shape = QwenVLArchitecture(**fields_of(size))
     with torch.device("meta"):
         whole, without, tower = (
-            each(checks.config_of_architecture(architecture)) for each in (QwenVL, TowerlessQwenVL, FrozenQwenTower)
+            each(checks.config_of_architecture(shape)) for each in (QwenVL, TowerlessQwenVL, FrozenQwenTower)
         )
     count, *parts = (sum(parameter.numel() for parameter in each.parameters()) for each in (whole, without, tower))
     assert count + head * vocabulary * hidden == published
@@ -395,10 +403,25 @@ def mp4(width: int, height: int, frames: int, rate: int) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(("frames", "rate", "count", "fps"), [(30, 5, 5, None), (9, 3, 8, 1.0), (1, 5, 4, None)])
-def test_videos_match_transformers(frames, rate, count, fps, folders):
-    """Prompt as transformers 4.57 writes it; 5.17 leaves marks around the whole video, which has its own in each."""
-    folder = folders["qwen3_vl"]
+class Videos:
+    """In place of transformers' video processor, which needs torchvision to resize: returns what is given."""
+
+    merge_size = temporal_patch_size = 2
+
+    def __init__(self, **processed: object) -> None:
+        self.processed = processed
+
+    def __call__(self, videos: object, **others: object) -> dict[str, Any]:
+        return self.processed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("frames", "rate", "count", "fps"), [(30, 5, 5, None), (9, 3, 8, 1.0), (1, 5, 4, None), (24, 1, 8, None)]
+)
+def test_videos_match_transformers(frames, rate, count, fps, kind, folders):
+    """Of Qwen3-VL, the prompt as transformers 4.57 writes it; 5.17 leaves marks around the whole video, too."""
+    folder, version = folders[kind], checks.VERSIONS[kind]
     own = QwenVLProcessor.load(folder, 1024, count, video_fps=fps)
     data = mp4(64, 48, frames, rate)
     item = Item("before <image> between <video>\nafter", (png(24, 24),), data)
@@ -409,25 +432,37 @@ def test_videos_match_transformers(frames, rate, count, fps, folders):
     pairs, rows, columns = grid_of(video, 4)
     assert pairs == -(-len(shown) // 2)
     assert 0 < rows * columns // 4 * pairs <= 1024 * 3 // 4
-    # transformers' video processor needs torchvision to resize: its other steps, on frames resized here.
-    scaled = [np.asarray(frame.resize((4 * columns, 4 * rows), Picture.Resampling.BICUBIC)) for frame in shown]
-    pixels = torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)[None]
-    patches, *grid = Qwen3VLVideoProcessor.patchify(None, pixels, 4, 2, 2)
+    # The other steps of transformers' video processor, which all versions share, on frames resized here.
+    scaled = np.stack([frame.resize((4 * columns, 4 * rows), Picture.Resampling.BICUBIC) for frame in shown])
+    mean, std = (torch.tensor(each)[:, None, None] for each in (version.mean, version.std))
+    pixels = torch.from_numpy(scaled).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)[None]
+    (patches,), *grid = Qwen3VLVideoProcessor.patchify(None, pixels, 4, 2, 2)
     assert grid == [pairs, rows, columns]
-    theirs, processor = theirs_of(folder, "qwen3_vl")
-    processor.video_processor.merge_size = processor.video_processor.temporal_patch_size = 2
-    metadata = VideoMetadata(total_num_frames=frames, fps=rate, frames_indices=numbers)
-    written = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
-    inputs = their_inputs(processor, Item("before <image> between \0after", item.images), written)
-    assert ours.input_ids.tolist() == inputs["input_ids"][0].tolist()
-    inputs |= {"pixel_values_videos": patches[0], "video_grid_thw": written["video_grid_thw"]}
-    places, _ = theirs.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], inputs["video_grid_thw"]
+    found = normalised(torch.from_numpy(video.tiles), [video], version.mean, version.std, CPU, torch.float32)
+    assert_close_in_norm(found.flatten(1), patches, operations=16)
+    theirs, processor = theirs_of(folder, kind)
+    processor.video_processor = Videos(
+        pixel_values_videos=patches,
+        video_grid_thw=torch.tensor([grid]),
+        video_metadata=[VideoMetadata(total_num_frames=frames, fps=rate, frames_indices=numbers)],
     )
+    processed, (pads,) = processor._process_videos([scaled])
+    marked = pads if kind == "qwen3_vl" else f"<|vision_start|>{pads}<|vision_end|>"
+    inputs = their_inputs(processor, Item(f"before <image> between {marked}after", item.images))
+    assert ours.input_ids.tolist() == inputs["input_ids"][0].tolist()
+    inputs |= {name: value for name, value in processed.items() if name != "video_metadata"}
+    places, _ = theirs.get_rope_index(**inputs)
     assert ours.positions.tolist() == places[:, 0].tolist()
-    packed = pack([own.encode(ITEMS[0]), ours, own.encode(ITEMS[3])])
-    expected = theirs_embedded(theirs, inputs)[0]
-    assert_close_in_norm(QwenVL.load(folder, torch.float32)(packed, True)[1], expected)
+    packed, model = pack([own.encode(ITEMS[0]), ours, own.encode(ITEMS[3])]), QwenVL.load(folder, torch.float32)
+    mine, expected = model(packed, True)[1], theirs_embedded(theirs, inputs)[0]
+    assert_close_in_norm(mine, expected)
+    directions, names = torch.randn(48, generator=torch.Generator().manual_seed(0)), dict(model.named_parameters())
+    gradients = [
+        torch.autograd.grad((row * directions).sum(), [dict(each.named_parameters())[name] for name in names])
+        for row, each in ((mine, model), (expected, theirs))
+    ]
+    # Gradients of q_norm and k_norm are sums over all tokens and heads, which cancel each other.
+    assert_close_in_norm(*gradients, operations=4 * LONGER)
     tower, without = FrozenQwenTower.load(folder, torch.float32, CPU), TowerlessQwenVL.load(folder, torch.float32)
     assert_close_in_norm(without(packed, True, tower.features_of(None, packed))[1], expected)
 
@@ -445,6 +480,21 @@ def test_frames_share_the_tokens_that_a_video_may_have():
     assert patches.fits(472) and not patches.fits(474)
     with pytest.raises(BadSample, match="474 frames are too many for a video's 3072 tokens"):
         patches.cut_frames([Picture.new("RGB", (32, 32))] * 474)
+
+
+def test_frames_without_times_have_the_sizes_of_transformers_or_share_the_tokens_that_a_video_may_have():
+    """Of Qwen2-VL and Qwen2.5-VL: 128 to 768 tokens for each two frames, by their video processor's `size`."""
+    for size in ((1280, 720), (64, 64), (500, 400)):
+        frames = [Picture.new("RGB", size)] * 6
+        _, *found = Patches(14, 2, 3136, 100_000, 1 << 20, stamped=False).cut_frames(frames)
+        assert found == list(smart_resize(*size[::-1], 28, 128 * 28**2, 768 * 28**2))
+    patches = Patches(14, 2, 3136, 100_000, 3072, stamped=False)
+    for count, tokens in ((1, 768), (8, 767), (16, 383), (64, 95)):
+        _, height, width = patches.cut_frames([Picture.new("RGB", (1280, 720))] * count)
+        found = height * width // 28**2
+        assert 0.8 * tokens < found <= tokens
+        assert found * -(-count // 2) + 2 <= patches.video_tokens(count) <= 3072
+    assert patches.fits(3070) and not patches.fits(3072)
 
 
 def test_many_frames_fit_beside_their_times_and_the_prompt(tmp_path):
@@ -486,12 +536,17 @@ def test_exports_embed_videos_as_they_were_trained(folders, tmp_path):
     assert family.lengths(again).tiling.max_video_tokens == 1536
 
 
-def test_positions_of_text_and_images():
-    found = positions([2, (2, 3), 1])
+def test_positions_of_text_images_and_videos():
+    found = positions([2, Grid(2, 3), 1])
     assert found.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5],
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
+    ]
+    assert positions([1, Grid(1, 2, pairs=3, interval=5), 2]).tolist() == [
+        [0, 1, 1, 6, 6, 11, 11, 3, 4],
+        [0, 1, 1, 1, 1, 1, 1, 3, 4],
+        [0, 1, 2, 1, 2, 1, 2, 3, 4],
     ]
 
 
@@ -510,8 +565,6 @@ def test_long_texts_are_cut_and_images_that_do_not_fit_are_refused(folders):
         short.encode(Item("<image>\nx", (png(90, 90),)))
     with pytest.raises(BadSample, match="one side is more than 200 times the other"):
         whole.encode(Item("<image>\nx", (png(300, 1),)))
-    with pytest.raises(BadSample, match="a video, which is supported with Qwen3-VL only"):
-        QwenVLProcessor.load(folders["qwen2_vl"], 512).encode(Item("<video>\nx", video=b"0"))
     with pytest.raises(BadSample, match="which stand for parts of images"):
         whole.encode(Item("a <|image_pad|>"))
     with pytest.raises(BadSample, match="2 <image> marks in the text, 1 images"):

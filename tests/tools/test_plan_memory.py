@@ -3,29 +3,25 @@ import math
 import os
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from limits import HANG_SECONDS
+from memory_shapes import LLAVE, LiveBytes, llave_chunk, llave_config, measured_saved
 from PIL import Image as Picture
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlavaOnevisionConfig
 
 from pipeline.config import MiningRun, Recipe, load_recipe
-from pipeline.data.batch import Encoded, Image
 from pipeline.data.tiles import Tiling
 from pipeline.models.checkpointing import checkpoint_layers
-from pipeline.models.chunks import Packed, pack
 from pipeline.models.family import ChunkMemory
 from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import Llave, TowerlessLlave, normalised, tower_features
+from pipeline.models.memory import Execution
 from pipeline.models.registry import training_of
 from pipeline.objectives.contrastive import loss
 from pipeline.objectives.contrastive import memory as loss_memory
@@ -36,27 +32,11 @@ from pipeline.training.memory import Group, Plan, Stored, groups_of, state_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "pipeline/recipes/demo.yaml"
-IMAGE = 3  # token id of the placeholder
 
 
-def config(vision: tuple[int, ...], text: tuple[int, ...], image_size: int) -> LlavaOnevisionConfig:
-    """Return a config from (hidden size, MLP, layers, heads) and, for the language model, key-value heads."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
-            **dict(zip(names, vision, strict=False)), image_size=image_size, patch_size=8, vision_use_head=False
-        ),
-        text_config=Qwen2Config(**dict(zip(names, text, strict=True)), vocab_size=64),
-        image_token_id=IMAGE,
-        image_grid_pinpoints=[[image_size, image_size]],
-        vision_feature_select_strategy="full",
-    )
-
-
-SHAPES = {
-    "tiny": config((96, 256, 3, 4), (128, 256, 4, 4, 2), 24),
-    "small": config((64, 256, 2, 2), (256, 1400, 4, 8, 2), 56),
-}
+def plain(dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Execution:
+    """Return how a CPU computes."""
+    return Execution(dtype.itemsize, fused=False, padded=True, checkpointing=checkpointing)
 
 
 def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
@@ -66,44 +46,6 @@ def random_model(shape: LlavaOnevisionConfig, dtype: torch.dtype) -> Llave:
     return model
 
 
-def chunk(shape: LlavaOnevisionConfig) -> tuple[Packed, int, int]:
-    """Return packed items, each with two tiles; and their numbers of tokens and tiles.
-
-    One item is shorter by a token, so attention pads, which takes memory, but hardly more than the plan's.
-    """
-    size = shape.vision_config.image_size
-    side = size // 8
-    image = Image(np.zeros((2, 3, size, size), np.uint8), size, size)
-    marks = [IMAGE] * (side**2 + side * (side + 1))
-    packed = pack([Encoded(np.array(marks + [7] * n, np.int32), (image,)) for n in (50, 49, 50, 50)])
-    return packed, sum(packed.lengths), 8
-
-
-class LiveBytes(TorchDispatchMode):
-    """Track the bytes of live storages that operations allocate, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._living: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in given | self._living:
-                self._living.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return result
-
-    def _gone(self, key: int, size: int) -> None:
-        self._living.discard(key)
-        self.now -= size
-
-
 def assert_forward(planned: ChunkMemory, live: LiveBytes, model: Llave, tokens: int, dtype: torch.dtype) -> None:
     """Compare the peak of a forward pass. On the CPU, unlike in the plan, SwiGLU's result replaces the gate."""
     replaced = tokens * model.config.text_config.intermediate_size * dtype.itemsize
@@ -111,27 +53,12 @@ def assert_forward(planned: ChunkMemory, live: LiveBytes, model: Llave, tokens: 
     assert live.peak < 1.05 * planned.forward
 
 
-def measured_saved(model: Llave, packed: Packed, features: torch.Tensor | None) -> int:
-    """Return the bytes of the distinct storages that autograd saves, except parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(packed, True, features)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LLAVE)
 def test_chunk_memory_matches_plan(name, dtype):
-    model = random_model(SHAPES[name], dtype)
-    packed, tokens, tiles = chunk(SHAPES[name])
-    planned = chunk_memory(model.config, tokens, tiles, dtype.itemsize, tower_trained=True)
+    model = random_model(LLAVE[name], dtype)
+    packed, tokens, tiles = llave_chunk(LLAVE[name])
+    planned = chunk_memory(model.config, tokens, tiles, plain(dtype), tower_trained=True)
     assert planned.graph == pytest.approx(measured_saved(model, packed, None), rel=0.05)
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
@@ -145,13 +72,13 @@ def test_chunk_memory_matches_plan(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LLAVE)
 def test_chunk_memory_with_activation_checkpointing_matches_plan(name, dtype):
-    model = random_model(SHAPES[name], dtype)
+    model = random_model(LLAVE[name], dtype)
     checkpoint_layers(model)
-    packed, tokens, tiles = chunk(SHAPES[name])
+    packed, tokens, tiles = llave_chunk(LLAVE[name])
     without, planned = (
-        chunk_memory(model.config, tokens, tiles, dtype.itemsize, tower_trained=True, checkpointing=checkpointing)
+        chunk_memory(model.config, tokens, tiles, plain(dtype, checkpointing), tower_trained=True)
         for checkpointing in (False, True)
     )
     with torch.no_grad(), LiveBytes() as live:
@@ -167,27 +94,29 @@ def test_chunk_memory_with_activation_checkpointing_matches_plan(name, dtype):
     assert planned.graph < without.graph / 5
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LLAVE)
 def test_frozen_tower_keeps_only_its_features(name):
-    whole, (packed, tokens, tiles) = random_model(SHAPES[name], torch.float32), chunk(SHAPES[name])
+    whole, (packed, tokens, tiles) = random_model(LLAVE[name], torch.float32), llave_chunk(LLAVE[name])
     with torch.no_grad():
         features = tower_features(whole.vision_tower, normalised(packed.tiles, whole.device, whole.dtype))
-    model = TowerlessLlave(SHAPES[name])
+    model = TowerlessLlave(LLAVE[name])
     model.set_attn_implementation({"text_config": "packed_sdpa"})
-    planned = chunk_memory(SHAPES[name], tokens, tiles, 4, tower_trained=False)
+    planned = chunk_memory(LLAVE[name], tokens, tiles, plain(), tower_trained=False)
     assert planned.graph == pytest.approx(measured_saved(model, packed, features), rel=0.05)
     assert planned.features == features.nbytes
 
 
 def test_tower_wider_than_language_model_is_counted():
-    shape = config((256, 1024, 2, 4), (32, 64, 2, 2, 1), 56)
-    model, (packed, tokens, tiles) = random_model(shape, torch.float32), chunk(shape)
-    planned = chunk_memory(shape, tokens, tiles, 4, tower_trained=True)
+    shape = llave_config((256, 1024, 2, 4), (32, 64, 2, 2, 1), 56)
+    model, (packed, tokens, tiles) = random_model(shape, torch.float32), llave_chunk(shape)
+    planned = chunk_memory(shape, tokens, tiles, plain(), tower_trained=True)
     assert planned.graph == pytest.approx(measured_saved(model, packed, None), rel=0.05)
     with torch.no_grad(), LiveBytes() as live:
         model(packed, True)
     assert planned.forward == pytest.approx(live.peak, rel=0.05)
-    assert chunk_memory(shape, tokens, tiles, 4, tower_trained=False, tiles_at_once=2).forward < planned.forward / 2
+    assert (
+        chunk_memory(shape, tokens, tiles, plain(), tower_trained=False, tiles_at_once=2).forward < planned.forward / 2
+    )
 
 
 def unit(rows: int, width: int) -> torch.Tensor:
@@ -249,7 +178,7 @@ def size_of(tensors) -> int:
 
 
 def test_unsharded_states_match_adamw():
-    model = random_model(SHAPES["tiny"], torch.float32)
+    model = random_model(LLAVE["tiny"], torch.float32)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     for parameter in trained:
@@ -270,7 +199,7 @@ def test_unsharded_states_match_adamw():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sharded_states_match_zero_partitions(stage, dtype):
     """Compare with ZeRO's partitions of the flattened parameters; master weights and moments are in fp32."""
-    model, gpus = random_model(SHAPES["tiny"], dtype), 3
+    model, gpus = random_model(LLAVE["tiny"], dtype), 3
     flat = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     master = flat.chunk(gpus)[0].float().clone().requires_grad_()
     master.grad = torch.ones_like(master)
@@ -330,11 +259,11 @@ def test_second_partition_within_node_is_counted_with_parameters(name):
     assert vars(by_node) == vars(plain) | {where: getattr(plain, where) + 2 * 660 // 2}
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LLAVE)
 def test_bytes_sent_of_a_chunk_are_those_of_its_tensors(name):
-    packed, tokens, tiles = chunk(SHAPES[name])
+    packed, tokens, tiles = llave_chunk(LLAVE[name])
     sent = packed.input_ids.nbytes + packed.position_ids.nbytes + packed.tiles.nbytes
-    assert chunk_memory(SHAPES[name], tokens, tiles, 2, tower_trained=False).sent == sent
+    assert chunk_memory(LLAVE[name], tokens, tiles, plain(), tower_trained=False).sent == sent
 
 
 @pytest.mark.parametrize(
@@ -458,9 +387,8 @@ def test_mined_negatives_and_teachers_vectors_are_counted():
 def test_cached_chunks_hold_their_graphs_simultaneously():
     plans = [Plan.of(recipe(f"batch.kept_chunks={count}"), 2, videos=False) for count in (0, 1, 3)]
     none, one, three = (plan.phases(4096, plan.states(3, {}))["a chunk with gradient"] for plan in plans)
-    alone = plans[0].phases(4096, plans[0].states(3, {}))["a chunk without gradient"]
     assert none == one
-    assert three - one == 2 * (one - alone)
+    assert three - one == 2 * plans[0].chunk(4096).graph
 
 
 def test_activation_checkpointing_allows_larger_chunks():

@@ -28,6 +28,7 @@ from pipeline.models.llave.memory import chunk_memory, tokens_per_tile
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave, build, check_language_model
 from pipeline.models.llave.processor import MARKS, LlaveProcessor, mark_reading
 from pipeline.models.loading import DTYPES, IMAGES, image_reading
+from pipeline.models.memory import Execution
 
 
 class LlaveTraining(TrainingInterface[LlaveSection]):
@@ -61,7 +62,7 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
 
     def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
         section = self.section(recipe)
-        config, batch, trained = original.config_of(section), recipe.batch, bool(section.train.vision_tower)
+        config, how, trained = original.config_of(section), Execution.of(recipe), bool(section.train.vision_tower)
         with torch.device("meta"):
             model, frozen = self._llave(recipe)(config), None if trained else FrozenTower(config)
         tile_tokens = tokens_per_tile(checks.tiling(config), videos)
@@ -71,10 +72,9 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
                 config,
                 tokens,
                 math.ceil(tokens / tile_tokens),
-                2 if recipe.precision == "bf16" else 4,
+                how,
                 tower_trained=trained,
-                checkpointing=batch.activation_checkpointing,
-                tiles_at_once=None if trained else batch.tower_tiles,
+                tiles_at_once=None if trained else recipe.batch.tower_tiles,
             )
 
         return ModelMemory(model, frozen, chunk)

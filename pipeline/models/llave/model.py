@@ -29,14 +29,14 @@ from pipeline.data.batch import Image
 from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
 from pipeline.data.tiles import Tiling
 from pipeline.models import loading
-from pipeline.models.attention import Segments, implementation, pads
+from pipeline.models.attention import PackingModel, Segments, implementation
 from pipeline.models.chunks import Chunk, Packed, sent
 from pipeline.models.lean import fuse_gelu, keep_less
 from pipeline.models.llave import checks
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, sides_of, text_of
 from pipeline.models.llave.config import LlaveArchitecture
 from pipeline.models.llave.processor import train_tokenizer
-from pipeline.models.llave.qwen2 import pool_in_last_layer
+from pipeline.models.packed_attention import pool_in_last_layer
 from pipeline.models.packing import check_packing
 
 
@@ -58,7 +58,7 @@ def tower_features(tower: SiglipVisionModel, pixels: torch.Tensor) -> torch.Tens
     return tower.encoder(tower.embeddings(pixels)).last_hidden_state
 
 
-class Llave(LlavaOnevisionModel):
+class Llave(PackingModel, LlavaOnevisionModel):
     """LLaVA-OneVision without an LM head; maps packed items to unit vectors.
 
     always_with_images: run the tower in every forward pass (see `forward`), so all trained parameters get gradients.
@@ -99,14 +99,6 @@ class Llave(LlavaOnevisionModel):
         config._attn_implementation = {"text_config": implementation(attention), "vision_config": "sdpa"}
         return config
 
-    @property
-    def pads(self) -> bool:
-        return pads(self.language_model.config)
-
-    @property
-    def dimension(self) -> int:
-        return text_of(self.config).hidden_size
-
     def forward(self, packed: Packed, with_images: bool, features: torch.Tensor | None = None) -> torch.Tensor:
         """Map N packed items to (N, hidden) float32 unit rows.
 
@@ -116,9 +108,7 @@ class Llave(LlavaOnevisionModel):
         """
         embeds = self.language_model.embed_tokens(packed.input_ids)
         if packed.images:
-            # Computed on the CPU: `nonzero` on the device would wait for all queued work.
-            marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
-            placeholders = sent(torch.isin(packed.cpu_ids, marks).nonzero()[:, 0], embeds.device)
+            placeholders = packed.places(self.config.image_token_id, self.config.video_token_id)
             if features is None:
                 pixels = normalised(packed.tiles, embeds.device, embeds.dtype, packed.blank_tiles)
                 features = tower_features(self.vision_tower, pixels)

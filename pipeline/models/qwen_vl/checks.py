@@ -166,12 +166,13 @@ def patches(config: Any, path: str, max_tokens: int) -> Patches:
     """Return how a model with this config cuts images into patches.  path: for errors.  max_tokens: of an item."""
     vision, its = config.vision_config, Settings.of(config, path, max_tokens)
     limits = its.min_pixels, its.max_pixels, its.max_video_tokens
-    return PROMPTS[its.prompt].patches(vision.patch_size, vision.spatial_merge_size, *limits)
+    stamped = config.model_type == "qwen3_vl"
+    return PROMPTS[its.prompt].patches(vision.patch_size, vision.spatial_merge_size, *limits, stamped=stamped)
 
 
-def reads_videos(config: PreTrainedConfig) -> bool:
-    """Whether videos are supported. Of Qwen2-VL and Qwen2.5-VL, versions of transformers disagree on positions."""
-    return config.model_type == "qwen3_vl"
+def positions_per_second(config: Any) -> int | None:
+    """Return how many positions a second of a video has; None: each two frames have one, whatever their times."""
+    return getattr(config.vision_config, "tokens_per_second", None)
 
 
 def tower_width(config: Any) -> int:

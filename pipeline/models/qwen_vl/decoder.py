@@ -6,19 +6,18 @@ The modules are transformers' own with a changed class, so weights, their names 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
 from pipeline.models.attention import Segments
-from pipeline.models.packed_attention import Angles, PackedAttention, PoolingAttention
+from pipeline.models.lean import State, add_in_norms, keep_less
+from pipeline.models.packed_attention import pool_in_last_layer
 
 
 def pack_decoder(model: Any) -> None:
     """Give a language model's layers the forward passes that `pooled_states` needs."""
-    *layers, last = model.layers
-    for layer in layers:
-        layer.self_attn.__class__ = PackedAttention
-    last.__class__, last.self_attn.__class__ = PoolingLayer, PoolingAttention
+    keep_less(model)
+    add_in_norms(model.layers)
+    pool_in_last_layer(model)
 
 
 def pooled_states(
@@ -30,25 +29,13 @@ def pooled_states(
     images: (P,) int64 places of the images' tokens.  deep: for each of the first layers (P, hidden), which is added to
         its output there (DeepStack, arXiv 2406.04334).
     """
-    hidden = embeds[None]
-    angles = model.rotary_emb(hidden, positions.expand(3, 1, -1))
+    hidden: State = embeds[None]
+    angles = model.rotary_emb(embeds[None], positions.expand(3, 1, -1))
     for number, layer in enumerate(model.layers):
         hidden = layer(hidden, position_embeddings=angles, segments=segments)
         # The last layer's output has only the pooled tokens.
         if images is not None and number < min(len(deep), len(model.layers) - 1):
-            hidden = hidden.index_add(1, images, deep[number][None])
+            residual, branch = hidden if isinstance(hidden, tuple) else (None, hidden)
+            branch = branch.index_add(1, images, deep[number][None])
+            hidden = branch if residual is None else (residual, branch)
     return model.norm(hidden)[0]
-
-
-class PoolingLayer(GradientCheckpointingLayer):
-    """Maps (1, T, hidden) of N packed items to (1, N, hidden), their last tokens."""
-
-    input_layernorm: nn.Module
-    self_attn: nn.Module
-    post_attention_layernorm: nn.Module
-    mlp: nn.Module
-
-    def forward(self, hidden_states: Tensor, *, position_embeddings: Angles, segments: Segments) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, segments)
-        hidden_states = hidden_states[:, segments.last] + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -16,22 +16,25 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import choose
 from pipeline.models.chunks import Features, Frozen
-from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
+from pipeline.models.family import ChunkMemory, ModelMemory, Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
 from pipeline.models.flops import StepFlops
 from pipeline.models.folder import note_images
 from pipeline.models.loading import DTYPES, image_reading
+from pipeline.models.memory import Execution
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.config import QwenVLSection
 from pipeline.models.qwen_vl.flops import step_flops
 from pipeline.models.qwen_vl.folder import save_folder
-from pipeline.models.qwen_vl.model import FrozenQwenTower, QwenVL, TowerlessQwenVL, build
+from pipeline.models.qwen_vl.memory import chunk_memory
+from pipeline.models.qwen_vl.model import TILE, FrozenQwenTower, QwenVL, TowerlessQwenVL, build
 from pipeline.models.qwen_vl.processor import QwenVLProcessor
 
 
 class QwenVLTraining(TrainingInterface[QwenVLSection]):
     """Keeps a frozen tower outside the engine."""
 
+    estimates_memory = True
     adapted = "language_model"
 
     def check(self, model: QwenVLSection) -> None:
@@ -50,11 +53,6 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
         number = next((number for number, shard in source.shards if shard.videos), None)
         if number is None:
             return
-        if not checks.reads_videos(config):
-            raise PipelineError(
-                f"dataset {source.names[number]} has videos, which are not supported with a {config.model_type}, only "
-                "with qwen3_vl: leave it out of data.datasets"
-            )
         if not checks.patches(config, "model.path", recipe.model.max_tokens).fits(recipe.video.frames):
             raise PipelineError(
                 f"dataset {source.names[number]} has videos, of which video.frames={recipe.video.frames} frames are "
@@ -67,6 +65,18 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
             "model.images": image_reading(model.path, model.images),
             "model.prompt": settings.prompt,
         }
+
+    def memory(self, recipe: Recipe, videos: bool) -> ModelMemory:
+        section = self.section(recipe)
+        config, how, trained = checks.config_of(section), Execution.of(recipe), bool(section.train.vision_tower)
+        with torch.device("meta"):
+            model, frozen = (QwenVL(config), None) if trained else (TowerlessQwenVL(config), FrozenQwenTower(config))
+
+        def chunk(tokens: int) -> ChunkMemory:
+            at_once = None if trained else recipe.batch.tower_tiles * TILE
+            return chunk_memory(config, tokens, how, tower_trained=trained, videos=videos, patches_at_once=at_once)
+
+        return ModelMemory(model, frozen, chunk)
 
     def lengths(self, recipe: Recipe) -> Lengths:
         config = checks.config_of(self.section(recipe))

@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.data.batch import Encoded
-from pipeline.models.flops import StepFlops, attention_width, known, per_pair, per_row, trains
+from pipeline.models.flops import StepFlops, known, per_pair, per_row, pooled_decoder, trains
 from pipeline.models.qwen_vl.checks import tower_width
 from pipeline.models.qwen_vl.model import QwenVL
 from pipeline.models.qwen_vl.tower import grid_of
 
 
 def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
-    """Return what counts a step's FLOPs; None if they are unknown.  tower: the model's or the frozen one.
-
-    The language model pools in its last layer, which has keys and values for all tokens, and one query for each item.
-    """
+    """Return what counts a step's FLOPs; None if they are unknown.  tower: the model's or the frozen one."""
     text, config = model.language_model, model.config
     mergers = [model.visual.merger, *getattr(model.visual, "deepstack_merger_list", ())]
     blocks = [tower.patch_embed, *tower.blocks]
@@ -32,22 +29,16 @@ def step_flops(model: QwenVL, tower: Any) -> StepFlops | None:
     # Patches along a window's side: `get_vision_window_index` rounds twice.
     window = getattr(config.vision_config, "window_size", 0) // config.vision_config.spatial_merge_size // side
     window *= config.vision_config.spatial_merge_size
-    *layers, last = text.layers
-    attention, width = last.self_attn, attention_width(text.config)
-    token = per_row(*layers, attention.k_proj, attention.v_proj, inputs=to_inputs)
-    item = per_row(attention.q_proj, attention.o_proj, last.mlp, inputs=to_inputs)
-    pair, last_pair = (per_pair(width, count, inputs=to_inputs) for count in (len(layers), 1))
+    decoder = pooled_decoder(text, inputs=to_inputs)
 
     def flops(items: Sequence[Encoded], _: int) -> float:
-        tokens = [len(each.input_ids) for each in items]
         grids = [grid_of(image, side) for each in items for image in each.images]
         cut = sum(frames * rows * columns for frames, rows, columns in grids)
-        pairs = pair * sum(count**2 for count in tokens) / 2 + last_pair * sum(tokens)
         of_tower = sum(
             frames * (seen * (rows * columns) ** 2 + windowed * _squares(rows, window) * _squares(columns, window))
             for frames, rows, columns in grids
         )
-        return token * sum(tokens) + pairs + item * len(items) + image_token * cut / merged + of_tower
+        return decoder(items) + image_token * cut / merged + of_tower
 
     return flops
 

@@ -16,9 +16,8 @@ from transformers.core_model_loading import WeightRenaming
 
 from pipeline.data.batch import Image
 from pipeline.models import loading
-from pipeline.models.attention import Segments, implementation, pads
-from pipeline.models.chunks import Chunk, Packed, sent
-from pipeline.models.lean import keep_less
+from pipeline.models.attention import PackingModel, Segments, implementation
+from pipeline.models.chunks import Chunk, Packed
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.decoder import pack_decoder, pooled_states
@@ -26,7 +25,7 @@ from pipeline.models.qwen_vl.processor import SPECIAL, image_processor, train_to
 from pipeline.models.qwen_vl.tower import Layout, blank_image, normalised, pack_tower, tower_states
 
 _MERGERS = ("merger", "deepstack_merger_list")
-_TILE = 729  # patches that count as a tile of batch.tower_tiles: those of SigLIP-so400m's
+TILE = 729  # patches that count as a tile of batch.tower_tiles: those of SigLIP-so400m's
 
 
 class _Parts(PreTrainedModel):
@@ -55,7 +54,7 @@ class _Parts(PreTrainedModel):
         return tower_states(self.visual, pixels, Layout.of(images, self.visual.config, weight.device))
 
 
-class QwenVL(_Parts):
+class QwenVL(PackingModel, _Parts):
     """A Qwen-VL without an LM head; maps packed items to unit vectors.
 
     always_with_images: run the tower in every forward pass (see `forward`), so all trained parameters get gradients.
@@ -68,7 +67,6 @@ class QwenVL(_Parts):
         super().__init__(config)
         self.language_model: Any = AutoModel.from_config(config.text_config)
         self.post_init()
-        keep_less(self.language_model)
         pack_decoder(self.language_model)
         pack_tower(self.visual)
 
@@ -98,14 +96,6 @@ class QwenVL(_Parts):
         }
         return config
 
-    @property
-    def pads(self) -> bool:
-        return pads(self.language_model.config)
-
-    @property
-    def dimension(self) -> int:
-        return self.language_model.config.hidden_size
-
     def forward(self, packed: Packed, with_images: bool, features: Tensor | None = None) -> Tensor:
         """Map N packed items to (N, hidden) float32 unit rows.
 
@@ -116,9 +106,7 @@ class QwenVL(_Parts):
         embeds = self.language_model.embed_tokens(packed.input_ids)
         places, deep = None, list[Tensor]()
         if packed.images:
-            # Computed on the CPU: `nonzero` on the device would wait for all queued work.
-            marks = torch.tensor([self.config.image_token_id, self.config.video_token_id])
-            places = sent(torch.isin(packed.cpu_ids, marks).nonzero()[:, 0], embeds.device)
+            places = packed.places(self.config.image_token_id, self.config.video_token_id)
             tokens, *deep = self.merged(
                 self.tower_states(packed.images, packed.tiles) if features is None else features
             )
@@ -165,7 +153,7 @@ class FrozenQwenTower(_Parts):
     patches_at_once: patches per forward pass; an image is never divided.
     """
 
-    patches_at_once = 64 * _TILE
+    patches_at_once = 64 * TILE
     reads_tiles: ClassVar[bool] = True
 
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 (as in its base class)
@@ -192,7 +180,7 @@ class FrozenQwenTower(_Parts):
     ) -> "FrozenQwenTower":
         config = QwenVL.config_for(checks.load_config(path), "sdpa", attention)
         tower = loading.open_model(cls, path, config, dtype, None)
-        tower.patches_at_once = tiles_at_once * _TILE
+        tower.patches_at_once = tiles_at_once * TILE
         return tower.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]  # its decorator hides self
 
     @torch.no_grad()

@@ -17,8 +17,10 @@ from pipeline.data.tiles import resized
 _LONGEST = 200  # the largest aspect ratio, as in transformers
 # Tokens of a pair of frames, and of all: the limits of Qwen3-VL-Embedding (FRAME_MAX_PIXELS, MAX_TOTAL_PIXELS) and of
 # qwen-vl-utils (VIDEO_MIN_TOKEN_NUM).
+# Those of a pair are also the limits of Qwen2-VL's and Qwen2.5-VL's video processor, which has none of all.
 _LEAST, _MOST, _ALL = 128, 768, 7680
 _STAMP = 11  # the tokens of a pair's timestamp, with the marks before and after its patches; about, of other tokenizers
+_MARKS = 2  # before and after the patches of a video without timestamps
 _PROMPT = 64  # tokens that a video leaves at least to the prompt
 
 
@@ -28,6 +30,7 @@ class Patches:
 
     side: pixels of a patch's side.  merge: merge² patches are one token of the language model.
     min_pixels, max_pixels: limits of the resized image.  max_video_tokens: of a video with its timestamps.
+    stamped: whether each two frames of a video follow their time in the text, between marks of their own.
     """
 
     side: int
@@ -35,6 +38,7 @@ class Patches:
     min_pixels: int
     max_pixels: int
     max_video_tokens: int = 1 << 20
+    stamped: bool = True
 
     @property
     def patch(self) -> float:
@@ -61,7 +65,8 @@ class Patches:
 
         A frame much longer than wide may have more: it has at least one token across, and keeps its aspect ratio.
         """
-        return math.ceil(frames / 2) * (self._frame_limits(frames)[1] + _STAMP)
+        pairs, most = math.ceil(frames / 2), self._frame_limits(frames)[1]
+        return pairs * (most + _STAMP) if self.stamped else pairs * most + _MARKS
 
     def fits(self, frames: int) -> bool:
         """Whether so many frames of a video have two tokens or more, the least that can be resized to."""
@@ -106,7 +111,11 @@ class Patches:
     def _frame_limits(self, frames: int) -> tuple[int, int]:
         """Return the least and the most tokens of each two of a video's frames."""
         pairs = math.ceil(frames / 2)
-        most = max(min(_MOST, _ALL // pairs, self.max_video_tokens // pairs - _STAMP), 0)
+        if self.stamped:
+            most = min(_ALL // pairs, self.max_video_tokens // pairs - _STAMP)
+        else:
+            most = (self.max_video_tokens - _MARKS) // pairs
+        most = max(min(_MOST, most), 0)
         return min(_LEAST, most // 2), most
 
     def _grid(self, height: int, width: int, least: int, most: int) -> tuple[int, int]:
@@ -133,18 +142,32 @@ def video_limit(max_tokens: int) -> int:
     return max(min(max_tokens * 3 // 4, max_tokens - _PROMPT), 0)
 
 
-def positions(tokens: list[int | tuple[int, int]]) -> np.ndarray:
+@dataclass(frozen=True)
+class Grid:
+    """The tokens of an image, or of a video's pairs of frames, in the order of pairs, rows and columns.
+
+    interval: the positions from a pair to the next.
+    """
+
+    rows: int
+    columns: int
+    pairs: int = 1
+    interval: int = 1
+
+
+def positions(tokens: Sequence[int | Grid]) -> np.ndarray:
     """Return an item's (3, T) int64 positions of time, row and column (M-RoPE, arXiv 2409.12191, section 2.1).
 
-    tokens: in their order, the number of consecutive text tokens, or the rows and columns of an image's tokens. A text
-    token has one position on all axes, after the largest before it. An image's rows and columns count from there.
+    tokens: in their order, the number of consecutive text tokens, or the grid of an image's or a video's. A text token
+    has one position on all axes. Pairs, rows and columns count from the next one. The text after a grid follows its
+    rows and columns, as in transformers 5.17; in 4.57 it followed the largest position of any axis.
     """
     parts, start = [], 0
     for each in tokens:
-        if isinstance(each, tuple):
-            time, row, column = np.zeros(each, np.int64), *np.indices(each)
-            parts.append(np.stack([time, row, column]).reshape(3, -1) + start)
-            start += max(each)
+        if isinstance(each, Grid):
+            axes = np.indices((each.pairs, each.rows, each.columns)).reshape(3, -1)
+            parts.append(axes * [[each.interval], [1], [1]] + start)
+            start += max(each.rows, each.columns)
         else:
             parts.append(np.broadcast_to(np.arange(start, start + each), (3, each)))
             start += each

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, cast
@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.loading import reads_as_stored
 from pipeline.models.qwen_vl import checks
-from pipeline.models.qwen_vl.patches import Patches, positions
+from pipeline.models.qwen_vl.patches import Grid, Patches, positions
 from pipeline.models.qwen_vl.prompts import CHAT, PROMPTS, Prompt
 
 START, END = "<|vision_start|>", "<|vision_end|>"
@@ -39,15 +39,17 @@ _MARK_AND_SPACE = re.compile(rf"{_MARK.pattern}\s*")
 class QwenVLProcessor:
     """Encodes items as token ids, patches and positions; samples `video_frames` frames of a video.
 
-    video_token_id: None if videos are not supported.  instruction: the system's turn, "" if the prompt has none.
-    as_stored: see `rgb`.  bare_images: whether an image or video without a text stays without one in `Embedder`, as in
-    the code of published models. Models trained with this project learned from instructions in the texts.
+    positions_per_second: of a video; None: each two frames have one.  instruction: the system's turn, "" if the prompt
+    has none.  as_stored: see `rgb`.  bare_images: whether an image or video without a text stays without one in
+    `Embedder`, as in the code of published models. Models trained with this project learned from instructions in the
+    texts.
     """
 
     tokenizer: PreTrainedTokenizerBase
     patches: Patches
     image_token_id: int
-    video_token_id: int | None
+    video_token_id: int
+    positions_per_second: int | None
     instruction: str
     max_tokens: int
     video_frames: int = 8
@@ -80,7 +82,8 @@ class QwenVLProcessor:
             tokenizer,
             checks.patches(config, path, max_tokens),
             config.image_token_id,
-            config.video_token_id if checks.reads_videos(config) else None,
+            config.video_token_id,
+            checks.positions_per_second(config),
             settings.instruction,
             max_tokens,
             video_frames,
@@ -121,8 +124,6 @@ class QwenVLProcessor:
         instruction: replaces the processor's. With the prompt `chat` it ends in a point unless punctuation is there, as
         in Qwen3-VL-Embedding's code.
         """
-        if frames and self.video_token_id is None:
-            raise BadSample("a video, which is supported with Qwen3-VL only")
         marks_in = _MARK_AND_SPACE if self.prompt.marked else _MARK
         if instruction := instruction.strip():
             if not self.system_turn:
@@ -135,34 +136,45 @@ class QwenVLProcessor:
                 raise BadSample(f"{marks} {mark} marks in the text, {count} {name}")
         if IMAGE_PAD in text or VIDEO_PAD in text:
             raise BadSample(f"a text with {IMAGE_PAD} or {VIDEO_PAD}, which stand for parts of images")
-        parts, encoded, pictures = list[str | _Grid](), list[Image](), (decode() for decode in images)
+        parts, encoded, pictures = list[str | _Placed](), list[Image](), (decode() for decode in images)
         for piece in pieces:
             if piece == IMAGE_MARK:
                 encoded.append(Image(*self.patches.cut(next(pictures))))
-                parts.append(self._grid(encoded[-1], self.image_token_id))
-            elif piece == VIDEO_MARK and frames and self.video_token_id is not None:
+                parts.append(_Placed(self.image_token_id, self._grid(encoded[-1])))
+            elif piece == VIDEO_MARK and frames:
                 shown = frames()
                 encoded.append(Image(*self.patches.cut_frames(shown), video=True))
-                for seconds in _pair_times(shown):
-                    parts += [f"<{seconds:.1f} seconds>", self._grid(encoded[-1], self.video_token_id)]
+                parts += self._video(shown, self._grid(encoded[-1]))
             else:
                 parts.append(piece)
         return self._joined(parts, tuple(encoded))
 
-    def _joined(self, parts: "Sequence[str | _Grid]", images: tuple[Image, ...]) -> Encoded:
+    def _video(self, frames: Sequence[Picture], of_pair: Grid) -> "list[str | _Placed]":
+        """Return the parts that stand for a video."""
+        times = _pair_times(frames)
+        if self.patches.stamped:
+            placed = _Placed(self.video_token_id, of_pair)
+            return [part for seconds in times for part in (f"<{seconds:.1f} seconds>", placed)]
+        interval = 1
+        if self.positions_per_second is not None:
+            # Whole seconds of each two frames, as in transformers 5.17. Later versions round down the products instead.
+            interval = self.positions_per_second * int(2 / frames[0].info.get("sampled_fps", _FPS))
+        return [_Placed(self.video_token_id, replace(of_pair, pairs=len(times), interval=interval))]
+
+    def _joined(self, parts: "Sequence[str | _Placed]", images: tuple[Image, ...]) -> Encoded:
         """Encode texts and images in this order, and the prompt's end. Texts that follow each other are one.
 
         Raises BadSample if the images do not fit in `max_tokens`, and if there is no token.
         """
-        ids, places, end_of_images = list[int](), list[int | tuple[int, int]](), 0
+        ids, places, end_of_images = list[int](), list[int | Grid](), 0
         for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
             for part in ["".join(cast(Iterable[str], group))] if is_text else group:
                 if isinstance(part, str):
                     tokens = self._tokenize(part)
                     places.append(len(tokens))
                 else:
-                    grid = part.rows, part.columns
-                    tokens = [part.token] * (part.rows * part.columns)
+                    grid = part.grid
+                    tokens = [part.token] * (grid.pairs * grid.rows * grid.columns)
                     if self.prompt.marked:
                         tokens = [self._start, *tokens, self._end]
                     places += [1, grid, 1] if self.prompt.marked else [grid]
@@ -183,9 +195,9 @@ class QwenVLProcessor:
             axes = None if axes is None else axes[:, : len(row)]
         return Encoded(row, images, positions=axes)
 
-    def _grid(self, image: Image, token: int) -> "_Grid":
+    def _grid(self, image: Image) -> Grid:
         side = int(self.patches.patch)
-        return _Grid(token, image.height // side, image.width // side)
+        return Grid(image.height // side, image.width // side)
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -207,12 +219,11 @@ class QwenVLProcessor:
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """The rows and columns of placeholders of an image, or of two frames.  token: the placeholder."""
+class _Placed:
+    """A grid of placeholders, between marks.  token: the placeholder."""
 
     token: int
-    rows: int
-    columns: int
+    grid: Grid
 
 
 def _pair_times(frames: Sequence[Picture]) -> list[float]:

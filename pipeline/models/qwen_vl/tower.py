@@ -20,12 +20,17 @@ from transformers.vision_utils import (
 from pipeline.data.batch import Image
 from pipeline.models.attention import Segments, pads
 from pipeline.models.chunks import sent
-from pipeline.models.lean import rotated
+from pipeline.models.lean import fuse_gelu, keep_less, rotated
 
 
 def pack_tower(tower: Any) -> None:
-    """Give a tower's blocks the attention that `tower_states` needs. Weights, their names and hooks stay the same."""
+    """Give a tower's blocks the attention that `tower_states` needs, and fewer kernels.
+
+    Weights, their names and hooks stay the same.
+    """
     tower._input_embed_layer = "patch_embed"  # or transformers warns of Qwen3-VL's, if activations are checkpointed
+    keep_less(tower)
+    fuse_gelu(tower)
     for block in tower.blocks:
         block.attn.__class__ = PackedVisionAttention
 

@@ -53,7 +53,7 @@ class MaskedLanguageModel(TextEncoder):
         return cls(causal, *_tokens(path, config))
 
     @property
-    def language_model(self) -> PreTrainedModel:  # type: ignore[override]  # TextEncoder has a submodule there
+    def language_model(self) -> PreTrainedModel:  # TextEncoder has a submodule there
         """The decoder without its head."""
         return cast(PreTrainedModel, self.causal.base_model)
 

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import PipelineError
 from pipeline.models import loading
-from pipeline.models.attention import Segments, implementation, pads
+from pipeline.models.attention import PackingModel, Segments, implementation
 from pipeline.models.chunks import Chunk, Packed, pack, sent
 from pipeline.models.flops import StepFlops, Tower, attention_width, known
 from pipeline.models.folder import finish, write_card
@@ -25,7 +25,7 @@ from pipeline.models.text_encoder.processor import SETTINGS, Settings, TextProce
 from pipeline.models.text_encoder.templates import SEPARATOR, TEMPLATES
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(PackingModel, nn.Module):
     """Maps packed texts to unit vectors as in LLM2Vec (arXiv 2404.05961) and LLM2CLIP (2411.04997).
 
     language_model: a decoder without its LM head.
@@ -52,14 +52,6 @@ class TextEncoder(nn.Module):
     @classmethod
     def of_config(cls, config: PreTrainedConfig, attention: str = "sdpa") -> "TextEncoder":
         return cls(AutoModel.from_config(config, attn_implementation=implementation(attention)))
-
-    @property
-    def pads(self) -> bool:
-        return pads(self.language_model.config)
-
-    @property
-    def dimension(self) -> int:
-        return self.language_model.config.hidden_size
 
     def forward(self, packed: Packed, with_images: bool = False, features: None = None) -> torch.Tensor:
         """Map N packed texts to (N, hidden) float32 unit rows, the normalised means of their last hidden states.
