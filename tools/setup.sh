@@ -17,8 +17,9 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
         echo "Setting up .venv with $("$python" --version): a few minutes, once."
         "$python" -m venv .venv  # keeps what an earlier .venv holds
         # PyPI has DeepSpeed only as source; older versions of pip need `wheel` to build it.
-        .venv/bin/pip install -q --disable-pip-version-check setuptools wheel
-        .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt \
+        # Most modules are never imported: Python compiles those that are, when they are.
+        .venv/bin/pip install -q --disable-pip-version-check --no-compile setuptools wheel
+        .venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
             -r requirements.txt -r requirements-dev.txt
         echo "$wanted" >.venv/.installed
     fi
