@@ -5,6 +5,7 @@
 #     bash tests/run.sh tests/objectives -x    these tests: any other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # each of hundreds of processes would compile the project again
 source tools/setup.sh
 setup_environment
 if [ $# = 0 ]; then
