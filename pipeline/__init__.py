@@ -4,6 +4,7 @@ The names in `__all__` are the public API; docs/api.md shows each. They are impo
 torch takes seconds to import.
 """
 
+import gc
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -66,5 +67,6 @@ def _is_program() -> bool:
 if _is_program():  # the imports that follow take seconds, and look at the environment at once
     from pipeline import home, interrupt
 
+    gc.disable()  # it would visit all imported objects again and again; `command_line` enables it
     interrupt.exit_while_importing()
     home.replace_if_unwritable()

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,9 @@ from types import CodeType, FunctionType
 # before torch is imported; subprocesses inherit it.
 if less := {"default": ("SSE41", "SSE4_2"), "avx2": ("AVX2", "AVX2")}.get(os.environ.get("ATEN_CPU_CAPABILITY", "")):
     os.environ |= dict(zip(("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"), less, strict=True))
+
+# The garbage collector would visit all imported objects again and again. `pytest_collection_finish` enables it.
+gc.disable()
 
 import hypothesis
 import pytest
@@ -59,6 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         exact = {item for item in items if not _allows_for_rounding(_written(item.function), set())}
         config.hook.pytest_deselected(items=[*exact])
         items[:] = [item for item in items if item not in exact]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector run again, without the objects of imported modules."""
+    gc.freeze()
+    gc.enable()
 
 
 def _written(test: Callable) -> Callable:

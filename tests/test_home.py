@@ -1,5 +1,6 @@
 """A missing or read-only home directory stops nothing, and reading never creates a directory there."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -96,10 +97,22 @@ def test_program_starts_without_a_home(no_home):
     assert len(run.stderr.splitlines()) == 1, run.stderr
 
 
+def test_program_enables_the_garbage_collector_after_its_imports(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    enabled = []
+    gc.disable()  # as pipeline/__init__.py does in a program
+    try:
+        program.command_line(lambda: enabled.append(gc.isenabled()))()
+    finally:
+        gc.enable()
+    assert enabled == [True]
+
+
 def test_package_import_has_no_side_effects_and_loads_no_torch(no_home):
     code = (
-        "import os, signal, sys; before = dict(os.environ), signal.getsignal(signal.SIGINT); import pipeline;"
-        "print(before == (dict(os.environ), signal.getsignal(signal.SIGINT)), {'torch', 'numpy'} & {*sys.modules});"
+        "import gc, os, signal, sys\n"
+        "state = lambda: (dict(os.environ), signal.getsignal(signal.SIGINT), gc.isenabled())\n"
+        "before = state(); import pipeline; print(before == state(), {'torch', 'numpy'} & {*sys.modules})\n"
         "from pipeline import Pair; print(Pair.__name__, 'torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -3,7 +3,7 @@
 # Expects to run in the repository's root.
 
 setup_environment() {
-    local wanted python
+    local wanted python compile=--no-compile
     wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | sha256sum)
     if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
         command -v c++ >/dev/null || setup_failed "a C++ compiler is missing: apt-get install g++"
@@ -17,8 +17,10 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
         echo "Setting up .venv with $("$python" --version): a few minutes, once."
         "$python" -m venv .venv  # keeps what an earlier .venv holds
         # PyPI has DeepSpeed only as source; older versions of pip need `wheel` to build it.
-        .venv/bin/pip install -q --disable-pip-version-check setuptools wheel
-        .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt \
+        # Most modules are never imported. Python compiles the others at their first import, if it may write files.
+        [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
+        .venv/bin/pip install -q --disable-pip-version-check "$compile" setuptools wheel
+        .venv/bin/pip install -q --disable-pip-version-check "$compile" -c constraints.txt \
             -r requirements.txt -r requirements-dev.txt
         echo "$wanted" >.venv/.installed
     fi

@@ -1,6 +1,7 @@
 """What every program of this project does before and after its `main`: environment, logging, Ctrl-C, errors."""
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -26,6 +27,9 @@ def command_line(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def wrapped() -> None:
         rank = 0
+        if not gc.isenabled():  # pipeline/__init__.py disabled it for the imports
+            gc.freeze()  # imported objects stay: later collections, also those of forked workers, skip them
+            gc.enable()
         try:
             launch.init_from_environment()
             rank, _ = launch.rank_in_environment()

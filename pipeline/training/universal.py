@@ -5,6 +5,7 @@ converts them to separate files for each parameter (https://www.deepspeed.ai/tut
 copy is written beside the checkpoint, which does not change; `checkpoint.load` removes the copy.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -109,6 +110,7 @@ def main() -> None:
     """`python -m pipeline.training.universal SOURCE TARGET`: convert a checkpoint's folder."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # Slurm sends them to all processes; the rank handles them afterwards
+    gc.enable()  # pipeline/__init__.py disabled it for the imports
     threading.Thread(target=_end_with_rank, daemon=True).start()
     source, target = map(Path, sys.argv[1:])
     # DeepSpeed interprets paths as patterns, in which a `+` or `[` in a folder's name would have another meaning.

@@ -14,6 +14,7 @@ Each violation is printed with the command that repeats its trial. The exit stat
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -48,6 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.minutes or arguments.trials or arguments.faults or arguments.only):
         parser.error("say how long: --minutes, --trials, --faults or --only")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     with tempfile.TemporaryDirectory(prefix="chaos-", dir=arguments.work) as folder:
         sys.exit(1 if chaos(arguments, Path(folder)) else 0)
 

@@ -222,7 +222,7 @@ class SlurmCluster:
                 told = ", ".join(f"{name} {shown[name]}" for name in ("JobState", "Reason", "Restarts", "ExitCode"))
                 printed = f"{self.errors(job)}\n...\n{self.output(job)[-4000:]}"
                 raise SlurmFailure(f"job {job} {failure}: {told}; its output:\n{printed}")
-            time.sleep(0.1)
+            time.sleep(0.3)  # each look starts a client of Slurm
 
     def _configure(self) -> None:
         (self.folder / "state").mkdir()

@@ -55,7 +55,7 @@ def test_pipeline_jobs_run_from_conversion_to_report(slurm, s3, site, tmp_path):
     ]
     submitted = slurm.run(
         *("bash", "slurm/pipeline.sh", "--train", "slurm/train_demo.sh", "--run", str(run), "--parts", "2"),
-        *("--shards", "demo 0 s3://pipeline-tests/chain --pairs 60 --queries 12"),
+        *("--shards", "demo 0 s3://pipeline-tests/chain --pairs 60 --queries 12 --processes 2"),
         *("--evaluate", "s3://pipeline-tests/chain/eval", "data.url=s3://pipeline-tests/chain/train", *recipe),
         **site,
     )

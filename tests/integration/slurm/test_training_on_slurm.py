@@ -99,18 +99,6 @@ def assert_same(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_slurm_run_beside_another_job_matches_torchrun_run(slurm, train, undisturbed):
-    (job, run), (other, second) = train(), train("steps=20", name="second")
-    slurm.wait(job, "COMPLETED")
-    slurm.wait(other, "COMPLETED")
-    assert_same(run, undisturbed)
-    assert len(lines(second / "metrics.jsonl")) == 20
-    assert (run / "export/model.safetensors").exists()
-    assert (Status.read(run).state, Status.read(run).step) == ("finished", STEPS)
-    assert slurm.job(job)["NodeList"] == "n[1-2]"
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job)
-
-
 def restarts(slurm: SlurmCluster, job: int) -> int:
     return int(slurm.job(job)["Restarts"])
 
@@ -123,6 +111,27 @@ def wait_for_requeue(slurm: SlurmCluster, job: int, before: int = 0) -> None:
         return shown["JobState"] == "PENDING" and int(shown["Restarts"]) > before
 
     slurm.wait_until(job, is_back, "was not requeued")
+
+
+def test_two_jobs_at_once_match_torchrun_run_and_fail_permanently(slurm, train, undisturbed):
+    """Both train on both nodes. One ends as under torchrun; the other fails twice at the same step: no third start."""
+    (job, run), (hopeless, broken) = train(), train("optimizer.weight_decay=1e38", name="broken")
+    wait_for_requeue(slurm, hopeless)
+    slurm.release(hopeless)
+    with pytest.raises(SlurmFailure):
+        slurm.wait(hopeless, "COMPLETED")
+    assert (slurm.job(hopeless)["JobState"], slurm.job(hopeless)["Restarts"]) == ("FAILED", "1")
+    status = Status.read(broken)
+    assert status.failures[0] == status.failures[1]
+    assert "lower optimizer.lr" in status.reason
+    assert "failed twice after" in last_line(slurm, hopeless)
+
+    slurm.wait(job, "COMPLETED")
+    assert_same(run, undisturbed)
+    assert (run / "export/model.safetensors").exists()
+    assert (Status.read(run).state, Status.read(run).step) == ("finished", STEPS)
+    assert slurm.job(job)["NodeList"] == slurm.job(hopeless)["NodeList"] == "n[1-2]"
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job) + slurm.output(hopeless)
 
 
 def test_interrupted_run_matches_uninterrupted_run(slurm, train, undisturbed, tmp_path, monkeypatch):
@@ -216,19 +225,6 @@ def test_job_continues_on_one_node_with_the_same_batches(slurm, train, undisturb
     assert batches[0] == batches[1]
 
 
-def test_job_failing_twice_at_the_same_step_is_not_requeued(slurm, train):
-    hopeless, broken = train("optimizer.weight_decay=1e38")
-    wait_for_requeue(slurm, hopeless)
-    slurm.release(hopeless)
-    with pytest.raises(SlurmFailure):
-        slurm.wait(hopeless, "COMPLETED")
-    assert (slurm.job(hopeless)["JobState"], slurm.job(hopeless)["Restarts"]) == ("FAILED", "1")
-    status = Status.read(broken)
-    assert status.failures[0] == status.failures[1]
-    assert "lower optimizer.lr" in status.reason
-    assert "failed twice after" in last_line(slurm, hopeless)
-
-
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -241,8 +237,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 def test_preflight_failure_ends_the_job_before_training(slurm, train, small_disk, tmp_path):
     jobs = {
-        "no-such-bucket": train("data.url=s3://no-such-bucket/train", name="bucket"),
-        "no-such-model": train(f"model.path={tmp_path}/no-such-model", name="model"),
+        "no-such-bucket": train("data.url=s3://no-such-bucket/train", name="bucket", nodes=1),
+        "no-such-model": train(f"model.path={tmp_path}/no-such-model", name="model", nodes=1),
         "disk space": train(f"run={small_disk}/run", name="disk/run"),
     }
     for what, (job, run) in jobs.items():
