@@ -153,9 +153,11 @@ def train(folder: Path, mark: Mark, *overrides: str) -> None:
         return buffer
 
     collect, stage3.defragment = stage3.defragment, defragment
-    marked(engine, "load_partitioned", PARTITIONS)
-    marked(partitions, "_files", WEIGHTS)  # after the partitions exist, the files are listed and read
-    marked(deepspeed, "initialize", ENGINE)
+    marked(engine, engine.load_partitioned.__name__, PARTITIONS)
+    marked(
+        partitions, partitions._stored.__name__, WEIGHTS
+    )  # after the partitions exist, the files are listed and read
+    marked(deepspeed, deepspeed.initialize.__name__, ENGINE)
     dist.barrier()
     mark(TOWER)
     tower = engine.load_frozen(recipe, recipe.model.path, device)

@@ -1,8 +1,11 @@
 """Tests of the whole project: its requirements, its public API, its documents."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
+from pkgutil import resolve_name
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -106,3 +109,21 @@ def test_api_examples_run(tiny_model, tmp_path, monkeypatch):
     assert names["vectors"].shape == (3, 48)
     assert {"write_shards", "open_dataset", "Order", "hardness_weighted_loss", "load_recipe", "Embedder"} <= {*names}
     assert all(name in names for name in pipeline.__all__)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tools", "tests/chaos"])
+def test_programs_that_tests_do_not_run_name_only_what_there_is(folder):
+    """Such as benchmarks, which take minutes: a name that was changed elsewhere would end them."""
+    for file in (ROOT / folder).glob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        imported = {
+            each.asname or each.name: resolve_name(f"{node.module}.{each.name}")  # raises an error if there is none
+            for node in nodes
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pipeline")
+            for each in node.names
+        }
+        modules = {name: value for name, value in imported.items() if isinstance(value, ModuleType)}
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                module = modules[node.value.id]
+                assert hasattr(module, node.attr), f"{file}:{node.lineno}: {module.__name__} has no {node.attr}"
