@@ -21,6 +21,7 @@ from pipeline.models import loading
 from pipeline.models.loading import reads_as_stored
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.patches import Patches, positions
+from pipeline.models.shown import View, shown_text
 
 # The turns of Qwen's chat template. The last token is pooled: a newline, unless the tokenizer adds tokens to each text.
 PREFIX = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
@@ -122,6 +123,13 @@ class QwenVLProcessor:
             else:
                 parts.append(piece)
         return self._joined(parts, tuple(encoded))
+
+    def shown(self, item: Encoded) -> View:
+        placeholders = [self.image_token_id, *([] if self.video_token_id is None else [self.video_token_id])]
+        before = PREFIX.format(self.instruction)
+        text = shown_text(self.tokenizer, item.input_ids, placeholders=placeholders, before=before, after=SUFFIX)
+        text = text.replace(START + END, "")
+        return View(text, *self.patches.joined(item.images[0])) if item.images else View(text)
 
     def _joined(self, parts: "Sequence[str | _Grid]", images: tuple[Image, ...]) -> Encoded:
         """Encode texts and images in this order, and the prompt's end. Texts that follow each other are one."""
