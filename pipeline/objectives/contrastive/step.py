@@ -34,12 +34,13 @@ class ContrastiveResult(StepResult):
     """A step's result.
 
     loss: this rank's part.  settings: what the recipe changes or learns during a run: alpha, temperatures.
-    distills: whether the loss contains a teacher's distribution.
+    distills: whether the loss contains a teacher's distribution.  has_margin: whether a margin masks pairs.
     """
 
     loss: LossOutput
     settings: dict[str, float]
     distills: bool
+    has_margin: bool
 
     def metrics(self, batch: Batch, datasets: Sequence[str]) -> tuple[dict, dict]:
         """See `StepResult`. Means are over the valid queries that have a negative; `positive_similarity` over all.
@@ -71,11 +72,12 @@ class ContrastiveResult(StepResult):
             "effective_negatives": _mean(effective),
             "hardest_percent_weight": _mean(share),
             "masked_pairs": float(masked[0]),  # the same on all ranks
-            "masked_pairs/margin": float(by_margin[0]),
             "valid": int(valid.sum()),
         }
         if self.distills:
             metrics |= {"loss/contrastive": float(contrastive.mean()), "loss/distillation": float(distillation.mean())}
+        if self.has_margin:
+            metrics["masked_pairs/margin"] = float(by_margin[0])
         if len(datasets) > 1:
             of_datasets = {name: right[compared & (dataset == number)] for number, name in enumerate(datasets)}
             metrics |= {f"precision/{name}": _mean(each) for name, each in of_datasets.items() if len(each)}
@@ -141,6 +143,7 @@ class Contrastive(Objective):
             loss=output,
             settings=learned | ({"alpha": alpha} if self._objective.alpha_ramp else {}),
             distills=self._objective.distill is not None,
+            has_margin=self._objective.margin is not None or bool(self._objective.margins),
         )
 
     @classmethod
