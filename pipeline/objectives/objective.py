@@ -161,7 +161,7 @@ def optimizer_step(engine: DeepSpeedEngine, lr: float) -> float:
         if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in fp32: DeepSpeed does not record the norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
             if not norm.isfinite():
-                for parameter in engine.module.parameters():
-                    parameter.grad = None
+                engine.zero_grad()
+                return float(norm)
         engine.step()
         return float(engine.get_global_grad_norm() if norm is None else norm)
