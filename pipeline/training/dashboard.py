@@ -16,7 +16,14 @@ from pipeline.training.scalars import Scalar, charts
 
 _HISTOGRAMS_EVERY = 10  # steps; one takes as much room as a hundred scalars
 # Of a recipe, what can make one run better than another.
-_COMPARED = ("seed", "steps", "epochs", "precision", "deepspeed", "model", "data", "batch", "objective", "optimizer")
+_COMPARED: dict[str, Any] = dict.fromkeys(
+    ("seed", "steps", "epochs", "precision", "deepspeed", "objective", "optimizer"), True
+)
+_COMPARED |= {
+    "model": {"family", "path", "train"},
+    "batch": {"global_batch", "sub_batch"},
+    "data": {"datasets", "cap", "hard_negatives", "batches", "teacher", "negatives"},
+}
 _FINAL = ("learning/loss", "learning/precision_at_1", "learning/overlap", "speed/samples_per_second", "speed/mfu")
 
 
@@ -78,7 +85,7 @@ class Dashboard:
         metrics = [tag for tag in _FINAL if tag in shown] + sorted(
             tag for tag in shown if tag.startswith("evaluation/")
         )
-        values = {"processes": processes} | flat(recipe.model_dump(mode="json", include=set(_COMPARED)))
+        values = {"processes": processes} | flat(recipe.model_dump(mode="json", include=_COMPARED))
         experiment, session, _ = hparams(values, dict.fromkeys(metrics, 0))
         with disk_errors(self._folder):
             self._add(experiment, 0)
