@@ -374,6 +374,9 @@ class Recipe(Section):
     pictures_every: int = Field(
         200, ge=0, description="steps between pictures of queries and their hardest negatives in TensorBoard; 0: none"
     )
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        [], description="experiment trackers that also get TensorBoard's scalars, if they are installed"
+    )
     ledger: bool = Field(False, description="write the sample keys of every step to RUN/ledger")
     timeout_minutes: float = Field(
         15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"

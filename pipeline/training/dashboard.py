@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 from pipeline.config import Recipe
 from pipeline.errors import disk_errors
 from pipeline.training.scalars import Scalar, charts
+from pipeline.training.trackers import Trackers
 
 _HISTOGRAMS_EVERY = 10  # steps; one takes as much room as a hundred scalars
 # Of a recipe, what can make one run better than another.
@@ -37,15 +38,22 @@ class Dashboard:
         self._folder = run / "tensorboard"
         self._shown: set[str] = set()
         self._charts: dict[str, Any] = {}
+        self._trackers: Trackers | None = None
         with disk_errors(self._folder):
             self._board = SummaryWriter(str(self._folder), purge_step=start + 1, flush_secs=10)
 
-    def close(self) -> None:
+    def track(self, trackers: Trackers) -> None:
+        """Give the trackers all scalars from now on."""
+        self._trackers = trackers
+
+    def close(self, *, failed: bool) -> None:
         self._board.close()
+        if self._trackers:
+            self._trackers.end(failed)
 
     def scalars(self, values: Iterable[tuple[Scalar, float]], step: int) -> None:
         """Write values, all in one event. The first of each tag carries its description."""
-        summary = Summary()
+        summary, all_shown = Summary(), {}
         for scalar, value in values:
             metadata = None
             if scalar.tag not in self._shown:
@@ -53,12 +61,15 @@ class Dashboard:
                 plugin = SummaryMetadata.PluginData(plugin_name="scalars")
                 metadata = SummaryMetadata(summary_description=scalar.text, plugin_data=plugin)
             shown = 100 * value if scalar.percent else value
+            all_shown[scalar.tag] = shown
             summary.value.add(tag=scalar.tag, simple_value=shown, metadata=metadata)
         with disk_errors(self._folder):
             self._add(summary, step)
             if (found := charts(self._shown)) != self._charts:  # TensorBoard shows the last layout
                 self._charts = found
                 self._board.add_custom_scalars(found)
+        if self._trackers:
+            self._trackers.log(all_shown, step)
 
     def histograms(self, values: Mapping[str, np.ndarray], step: int) -> None:
         """Write distributions by name, in every tenth step."""
@@ -85,8 +96,7 @@ class Dashboard:
         metrics = [tag for tag in _FINAL if tag in shown] + sorted(
             tag for tag in shown if tag.startswith("evaluation/")
         )
-        values = {"processes": processes} | flat(recipe.model_dump(mode="json", include=_COMPARED))
-        experiment, session, _ = hparams(values, dict.fromkeys(metrics, 0))
+        experiment, session, _ = hparams(compared(recipe, processes), dict.fromkeys(metrics, 0))
         with disk_errors(self._folder):
             self._add(experiment, 0)
             self._add(session, 0)
@@ -98,6 +108,11 @@ class Dashboard:
 
     def _add(self, summary: Summary, step: int) -> None:
         self._board._get_file_writer().add_summary(summary, step)
+
+
+def compared(recipe: Recipe, processes: int) -> dict[str, float | str | bool]:
+    """Return the hyperparameters of a run by dotted name."""
+    return {"processes": processes} | flat(recipe.model_dump(mode="json", include=_COMPARED))
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, float | str | bool]:

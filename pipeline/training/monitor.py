@@ -22,9 +22,10 @@ from pipeline.jobs import status
 from pipeline.phases import place
 from pipeline.progress import progress_bar
 from pipeline.storage.atomic import write_file
-from pipeline.training.dashboard import Dashboard
+from pipeline.training.dashboard import Dashboard, compared
 from pipeline.training.pictures import Row, as_table, drawn
 from pipeline.training.scalars import evaluation_scalar, scalar_of
+from pipeline.training.trackers import Trackers
 
 _BAD_SAMPLE = "bad sample %s, key %s: %s"
 _PROBE = 64 << 10  # bytes: a disk without room for them is full
@@ -210,7 +211,7 @@ class Monitor:
             logging.getLogger("pipeline").removeHandler(self.warnings)
             self.warnings.close()
             self.bar.close()
-            self.board.close()
+            self.board.close(failed=error is not None)
 
     def describe(self, recipe: Recipe, processes: int, resolved: str) -> None:
         """Show the recipe and the software's versions, and from the first step on the run's row of hyperparameters.
@@ -220,6 +221,8 @@ class Monitor:
         if self.leads:
             self.board.text("recipe", f"```yaml\n{resolved}```", self.start)
             self._describe = partial(self.board.hyperparameters, recipe, processes)
+            if recipe.trackers:
+                self.board.track(Trackers(recipe.trackers, self.folder, compared(recipe, processes)))
 
     def consumed(self, step: int, origins: Iterable[Origin]) -> None:
         """Record the origins of the samples that this rank consumed in `step`."""

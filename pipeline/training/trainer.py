@@ -29,7 +29,7 @@ from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
 from pipeline.phases import phase
 from pipeline.storage.atomic import write_file
-from pipeline.training import checkpoint, profiler, resume
+from pipeline.training import checkpoint, profiler, resume, trackers
 from pipeline.training.budget import MEMORY, NOTE, Budget, Meter, out_of_memory_noted, record_of, restored_budget
 from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
@@ -90,6 +90,7 @@ class Trainer:
         lengths = self.family.lengths(recipe)
         self.order, self.steps = plan(recipe, self.source, lengths, world)
         profiler.check(recipe.profile, self.steps)
+        trackers.check(recipe.trackers)
         self.ds_config = load_ds_config(recipe, world)
         self.family.check_stage(self.ds_config["zero_optimization"]["stage"])
         check_nodes(self.ds_config["zero_optimization"], int(os.environ.get("LOCAL_WORLD_SIZE", world)))
