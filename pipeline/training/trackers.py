@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,16 +46,16 @@ class Trackers:
     def __init__(self, names: Sequence[str], run: Path, config: Mapping[str, float | str | bool]) -> None:
         self._open: dict[str, _Tracker] = {}
         for name in names:
-            if made := self._tried(name, lambda name=name: _KINDS[name](run, config)):
+            if made := self._tried(name, partial(_KINDS[name], run, config)):
                 self._open[name] = made
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, tracker in list(self._open.items()):
-            self._tried(name, lambda tracker=tracker: tracker.log(values, step))
+            self._tried(name, partial(tracker.log, values, step))
 
     def end(self, failed: bool) -> None:
         for name, tracker in list(self._open.items()):
-            self._tried(name, lambda tracker=tracker: tracker.end(failed))
+            self._tried(name, partial(tracker.end, failed))
 
     def _tried(self, name: str, call: Callable[[], Any]) -> Any:
         try:
