@@ -207,9 +207,10 @@ class Matrix:
         largest: (rows,) their largest logits.  count: int64 (rows,) their number.
         """
         policy = self._without_reward(tile.forth, teacher)
-        if self.by_teacher:
+        if self.by_teacher:  # a copy
             largest = policy.amax(dim=1)
-        finite = policy.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
+        to_finite = policy.nan_to_num_ if self.by_teacher else policy.nan_to_num
+        finite = to_finite(nan=torch.nan, posinf=torch.inf, neginf=0.0)
         scale = self._of_rows(self._scale, tile.part).squeeze(-1)
         return largest / scale, finite.sum(dim=1) / count.clamp(min=1) / scale
 
