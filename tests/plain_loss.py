@@ -17,8 +17,10 @@ class Plain:
     contrastive: torch.Tensor
     distillation: torch.Tensor
     masked: int
+    by_margin: int
     pairs: int
     hardest: torch.Tensor
+    mean_negative: torch.Tensor
     effective: torch.Tensor
     share: torch.Tensor
 
@@ -136,8 +138,10 @@ def of_one_size(
         contrastive=contrastive.detach(),
         distillation=distillation.detach(),
         masked=int((possible & masked).sum()),
+        by_margin=int((possible & masked & ~alike).sum()),
         pairs=int(possible.sum()),
         hardest=s.detach().masked_fill(~negative, -torch.inf).amax(dim=1),
+        mean_negative=(s.detach() * negative).sum(dim=1) / negative.sum(dim=1).clamp(min=1),
         effective=(1 / share.square().sum(dim=1)).nan_to_num(0),
         share=torch.stack([row[:k].sum() for row, k in zip(largest, top, strict=True)]).nan_to_num(0),
     )

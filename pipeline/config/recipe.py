@@ -190,6 +190,11 @@ class Optimizer(Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="fraction of the steps in which lr rises linearly")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+    patience: int = Field(
+        3,
+        ge=0,
+        description="steps in a row that are skipped because their gradient is not finite; one more ends the run",
+    )
 
 
 class Evaluation(Section):
@@ -237,10 +242,20 @@ class Recipe(Section):
     checkpoint: Checkpoint
     evaluation: Evaluation | None = None
     profile: Profile | None = Field(None, description="write a trace of some steps to RUN/profile; its fields:")
+    pictures_every: int = Field(
+        200, ge=0, description="steps between pictures of queries and their hardest negatives in TensorBoard; 0: none"
+    )
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        [], description="experiment trackers that also get TensorBoard's scalars, if they are installed"
+    )
     ledger: bool = Field(False, description="write the sample keys of every step to RUN/ledger")
     timeout_minutes: float = Field(
         15, ge=0.01, le=7 * 24 * 60, description="a collective that waits longer ends the job"
     )
+
+    def has_pictures(self, step: int) -> bool:
+        """Whether a step, counted from 1, writes pictures: the first, and every `pictures_every`."""
+        return bool(self.pictures_every) and (step == 1 or step % self.pictures_every == 0)
 
     @model_validator(mode="after")
     def objective_fits(self) -> "Recipe":

@@ -75,10 +75,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Origin:
-    """The location of a sample: its shard's URL, and its number in the shard."""
+    """The location of a sample: its shard's URL, its number in the shard, and the number of its dataset."""
 
     shard: str
     sample: int
+    dataset: int = 0
 
     def __str__(self) -> str:
         return f"{self.shard}#{self.sample}"
@@ -127,12 +128,13 @@ class Row:
 class Share:
     """The rows of a step that one worker decoded, and their distinct items by `Encoded.key`.
 
-    received: bytes received from the object store since the worker's previous share.
+    received, retries: bytes received from the object store, and requests repeated, since the worker's previous share.
     """
 
     rows: list[Row]
     items: dict[int, Encoded]
     received: int = 0
+    retries: int = 0
 
     def to_shared_memory(self) -> None:
         """Copy the tiles to shared memory. Raises PipelineError if there is no room.
@@ -152,10 +154,10 @@ class Share:
             key: replace(item, images=tuple(replace(i, tiles=len(i.tiles)) for i in item.images))  # type: ignore[arg-type]
             for key, item in self.items.items()
         }
-        return self.rows, counted, self.received, tiles
+        return self.rows, counted, self.received, self.retries, tiles
 
     def __setstate__(self, state: tuple) -> None:
-        self.rows, self.items, self.received, tiles = state
+        self.rows, self.items, self.received, self.retries, tiles = state
         end = 0
         for image in (image for item in self.items.values() for image in item.images):
             start, end = end, end + cast(int, image.tiles)
@@ -233,7 +235,7 @@ class Batch:
         lane.
     valid: False for an invalid row, whose items are empty texts.
     origins: the location of each pair.  bad: the invalid samples.
-    received: bytes received from the object store for this batch.
+    received, retries: bytes received from the object store for this batch, and requests repeated.
     weights, scores, tasks: see `Pair`.
     teacher: (2 + positives + negatives, width) float32 unit rows of each pair's query, target, positives and negatives,
         zeros for an invalid row; None if the run uses no teacher.
@@ -252,9 +254,10 @@ class Batch:
     scores: list[tuple[float, ...] | None]
     tasks: list[str]
     teacher: list[np.ndarray] | None = None
+    retries: int = 0
 
     @classmethod
-    def of(cls, shares: Sequence[Share], received: int = 0) -> "Batch":
+    def of(cls, shares: Sequence[Share], received: int = 0, retries: int = 0) -> "Batch":
         """Combine shares into a batch, which does not depend on how workers divided the rows."""
         rows = sorted((row for share in shares for row in share.rows), key=lambda row: row.place)
         encoded = {key: item for share in shares for key, item in share.items.items()}
@@ -274,4 +277,5 @@ class Batch:
             scores=[row.scores for row in rows],
             tasks=[row.task for row in rows],
             teacher=teacher if len(teacher) == len(rows) else None,
+            retries=retries,
         )

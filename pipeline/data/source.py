@@ -222,7 +222,7 @@ class Source:
         return self.tars(shard)[0].read(records)
 
     def origin(self, shard: int, sample: int) -> Origin:
-        return Origin(self.tars(shard)[0].url, sample)
+        return Origin(self.tars(shard)[0].url, sample, self.shards[shard][0])
 
     def references(self, shard: int, start: int, stop: int) -> np.ndarray | None:
         """Return (n, K) of `REFERENCE`, the mined negatives of samples start..stop-1 of a shard; None without any.

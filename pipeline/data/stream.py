@@ -60,15 +60,15 @@ class Shares(IterableDataset):
         info = get_worker_info()
         worker = info.id if info else 0
         reader = Reader(self.source, self.plans[worker], self.stop, worker, len(self.plans))
-        received = objects.bytes_received()
+        received, retries = objects.bytes_received(), objects.retries()
         width = self.source.teacher_metadata.width if self.source.teacher_metadata else None
         try:
             for _ in self.steps:
                 step, samples = reader.next_step()
                 encode = self.augmented(partial(self.order.draw_of_step, step)) if self.augmented else self.encode
                 share = encode_rows([self._raw(step, *sample) for sample in samples], encode, width)
-                before, received = received, objects.bytes_received()
-                share.received = received - before
+                share.received, share.retries = objects.bytes_received() - received, objects.retries() - retries
+                received, retries = received + share.received, retries + share.retries
                 if info:
                     share.to_shared_memory()
                 yield share
@@ -160,16 +160,18 @@ class Stream(Iterator[Batch]):
         planner = Planner(source, order, order.lanes_of(rank, world), steps, len(plans))
         # Started after the fork, so that the workers do not inherit this thread.
         threading.Thread(target=plan_ahead, args=(planner, plans, self.stop), daemon=True).start()
-        self._received = objects.bytes_received()
+        self._received, self._retries = objects.bytes_received(), objects.retries()
 
     def __next__(self) -> Batch:
         if not self._left:  # the loader is never exhausted: it would end the workers before `stop` is set
             raise StopIteration
         shares = [self._share() for _ in range(self._shares)]
         self._left -= 1
-        before, self._received = self._received, objects.bytes_received()
-        by_workers = sum(share.received for share in shares) if self._workers else 0
-        return Batch.of(shares, by_workers + self._received - before)
+        received, retries = objects.bytes_received() - self._received, objects.retries() - self._retries
+        self._received, self._retries = self._received + received, self._retries + retries
+        for share in shares if self._workers else ():  # read by other processes
+            received, retries = received + share.received, retries + share.retries
+        return Batch.of(shares, received, retries)
 
     def _share(self) -> Share:
         until = time.monotonic() + self._seconds

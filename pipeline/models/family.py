@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.models.chunks import Features, Frozen
     from pipeline.models.files import Tensors
     from pipeline.models.flops import StepFlops
+    from pipeline.models.shown import View
 
 S = TypeVar("S", bound=ModelSection)
 
@@ -81,6 +82,9 @@ class Processor(Protocol):
     def encode_parts(
         self, text: str, images: "Sequence[Callable[[], Picture]]", frames: "Callable[[], Sequence[Picture]] | None"
     ) -> "Encoded": ...
+
+    def shown(self, item: "Encoded") -> "View":
+        """Return an encoded item as people see it."""
 
 
 class TrainingInterface(ABC, Generic[S]):

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pipeline.data.sample import BadSample, Item, mended
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.models.chunks import Packed, sent
+from pipeline.models.shown import View, shown_text, view
 from pipeline.models.vision import Pixels, RandomCrops
 
 
@@ -67,11 +69,20 @@ class TwoTower(nn.Module, ABC):
         return F.normalize(rows, dim=-1)
 
 
+class Texts(Protocol):
+    """Tokenizes texts.  tokenizer: transformers'."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def tokenized(self, text: str) -> Encoded: ...
+
+
 @dataclass(frozen=True)
 class TwoTowerProcessor:
     """Encodes items as tiles or tokens. An image counts as `tokens` tokens, so that chunk sizes reflect compute.
 
-    tokenized: tokenizes a text; the tokens identify it even if its vector comes with the data.
+    texts: tokenizes texts; the tokens identify a text even if its vector comes with the data.
     with_vectors: whether the data has the texts' vectors.
     crops: random crops of a training step; None: none.
     scaled_jpeg: whether large JPEGs are decoded smaller, if they are not cropped; see `decode_image`.
@@ -79,7 +90,7 @@ class TwoTowerProcessor:
 
     pixels: Pixels
     tokens: int
-    tokenized: Callable[[str], Encoded]
+    texts: Texts
     video_frames: int = 8
     with_vectors: bool = False
     crops: RandomCrops | None = None
@@ -103,7 +114,7 @@ class TwoTowerProcessor:
                 None if item.video is None else partial(sample_frames, item.video, self.video_frames, self.video_fps)
             )
             return self._tiled(images, frames, item)
-        told = self.tokenized(mended(item.text, 0))  # a mark stands for an image that the item lacks
+        told = self.texts.tokenized(mended(item.text, 0))  # a mark stands for an image that the item lacks
         if not self.with_vectors:
             return told
         if item.vector is None and item.text:
@@ -115,10 +126,14 @@ class TwoTowerProcessor:
     ) -> Encoded:
         """Encode a text, or RGB images and a video's frames; BadSample for both at once."""
         if not images and frames is None:
-            return self.tokenized(text)
+            return self.texts.tokenized(text)
         if text:
             raise BadSample("a text beside an image: for this model they are two items")
         return self._tiled(images, frames)
+
+    def shown(self, item: Encoded) -> View:
+        ids = np.frombuffer(item.text, np.int32) if item.text else item.input_ids
+        return view(item, "" if item.images else shown_text(self.texts.tokenizer, ids))
 
     def _tiled(
         self,

@@ -27,20 +27,24 @@ class Cut(Protocol):
 class StepResult(ABC):
     """A step's result.
 
-    grad_norm: before clipping.  tokens: of this rank's items.  largest_chunk: tokens of its largest chunk, as the
-    budget counts them.  logits: tokens for which this rank computed the vocabulary's logits.
+    grad_norm: before clipping; not finite if the step was skipped because of that.  tokens: of this rank's items.
+    padded: tokens of its chunks, with padding.  largest_chunk: those of its largest chunk, as the budget counts them.
+    logits: tokens for which this rank computed the vocabulary's logits.  embeddings: (items, hidden) of the batch's
+    items, in a step with pictures.
     """
 
     grad_norm: float
     tokens: int
+    padded: int
     largest_chunk: int
     logits: int = 0
+    embeddings: torch.Tensor | None = None
 
     @abstractmethod
-    def metrics(self, batch: Batch) -> tuple[dict, dict]:
+    def metrics(self, batch: Batch, datasets: Sequence[str]) -> tuple[dict, dict]:
         """Return the global batch's metrics, with `loss` and `valid` (pairs), and values for histograms, by name.
 
-        Every rank calls it.  batch: this rank's part.
+        Every rank calls it.  batch: this rank's part.  datasets: the names of the run's datasets.
         """
 
 
@@ -146,6 +150,8 @@ def backward_chunks(
 def optimizer_step(engine: DeepSpeedEngine, lr: float) -> float:
     """Take the optimizer step, and return the gradient norm before clipping.
 
+    If the norm is not finite, parameters and optimizer state stay as they are. DeepSpeed's optimizers see to that.
+
     lr: default learning rate, for parts without their own.
     """
     with phase("optimizer"):
@@ -154,5 +160,8 @@ def optimizer_step(engine: DeepSpeedEngine, lr: float) -> float:
         norm = None
         if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in fp32: DeepSpeed does not record the norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+            if not norm.isfinite():
+                engine.zero_grad()
+                return float(norm)
         engine.step()
         return float(engine.get_global_grad_norm() if norm is None else norm)

@@ -8,13 +8,13 @@ says what to do; no message contains a secret.
 import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.storage import s3
 from pipeline.storage.atomic import replacing
+from pipeline.storage.counters import RECEIVED, RETRIES
 from pipeline.storage.s3 import CONNECTIONS as CONNECTIONS
 from pipeline.storage.s3 import ObjectError, check_range
 from pipeline.storage.s3 import configure as configure
@@ -23,27 +23,14 @@ from pipeline.storage.s3 import server as server
 _PART = 16 << 20  # bytes that `sha256` reads at a time
 
 
-class _Counter:
-    """A thread-safe counter. A forked child starts at zero, with a new lock."""
-
-    def __init__(self) -> None:
-        self._reset()
-        os.register_at_fork(after_in_child=self._reset)
-
-    def _reset(self) -> None:
-        self.value, self._lock = 0, threading.Lock()
-
-    def add(self, number: int) -> None:
-        with self._lock:
-            self.value += number
-
-
-_received = _Counter()
-
-
 def bytes_received() -> int:
     """The number of bytes that this process has received through `read`, failed reads included."""
-    return _received.value
+    return RECEIVED.value
+
+
+def retries() -> int:
+    """How often this process repeated a request to S3."""
+    return RETRIES.value
 
 
 def read(url: str, start: int = 0, length: int | None = None) -> bytes:
@@ -57,13 +44,13 @@ def read(url: str, start: int = 0, length: int | None = None) -> bytes:
         return b""
     location = _s3_location(url)
     if location is not None:
-        return s3.read(*location, start, length, _received.add)
+        return s3.read(*location, start, length, RECEIVED.add)
     with _explained(url), Path(url).open("rb") as file:
         total = os.fstat(file.fileno()).st_size
         check_range(url, start, None if length is None else start + length, total)
         file.seek(start)
         data = file.read(total - start if length is None else length)
-    _received.add(len(data))
+    RECEIVED.add(len(data))
     return data
 
 

@@ -27,6 +27,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import PipelineError
+from pipeline.storage.counters import RETRIES
 
 FIRST_ANSWER_S = 10.0  # an endpoint that has never answered is more likely wrong than overloaded
 MULTIPART_BYTES = 32 << 20  # objects of this size or more are uploaded in parts
@@ -303,6 +304,7 @@ class _Retries:
         if reason is None:
             raise error
         self.failures += 1
+        RETRIES.add(1)
         limit, idle = _settings.timeout_s, time.monotonic() - self.moved
         if _client().meta.endpoint_url not in _answered:
             limit = min(limit, FIRST_ANSWER_S)

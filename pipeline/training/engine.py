@@ -87,6 +87,7 @@ def adapt(model: torch.nn.Module, recipe: Recipe) -> None:
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
     """Return AdamW's groups: for each trained part and factor, one of matrices and one of vectors without weight decay.
 
+    part: its name.
     lr_scale: the part's learning rate divided by `optimizer.lr`, times the family's factor (see `rate_factors`).
     """
     groups, optimizer, family = [], recipe.optimizer, training_of(recipe)
@@ -102,7 +103,7 @@ def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict]:
         for (factor, decays), parameters in sorted(kinds.items(), key=lambda kind: (kind[0][0], not kind[0][1])):
             decay = optimizer.weight_decay if decays else 0.0
             options = {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": decay}
-            groups.append({"params": parameters, "lr_scale": scale * factor} | options)
+            groups.append({"params": parameters, "part": part, "lr_scale": scale * factor} | options)
     return groups
 
 
@@ -131,6 +132,12 @@ def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup
     return optimizer.lr * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
+def part_rates(recipe: Recipe, lr: float) -> dict[str, float]:
+    """Return the learning rates of the parts that have their own.  lr: that of the others."""
+    rates = {part: getattr(recipe.model.train, part) for part in recipe.model.train.parts()}
+    return {part: lr * rate / recipe.optimizer.lr for part, rate in rates.items() if not isinstance(rate, bool)}
 
 
 def _is_matrix(parameter: torch.nn.Parameter) -> bool:

@@ -2,22 +2,32 @@
 
 import json
 import logging
+import math
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.config import Recipe
 from pipeline.data.batch import Bad, Origin
 from pipeline.errors import PipelineError, disk_errors
 from pipeline.evaluation.report import Report
 from pipeline.jobs import status
+from pipeline.phases import place
 from pipeline.progress import progress_bar
 from pipeline.storage.atomic import write_file
+from pipeline.training.dashboard import Dashboard, compared
+from pipeline.training.pictures import Row, as_table, drawn
+from pipeline.training.scalars import evaluation_scalar, scalar_of
+from pipeline.training.trackers import Trackers
 
+_BAD_SAMPLE = "bad sample %s, key %s: %s"
 _PROBE = 64 << 10  # bytes: a disk without room for them is full
 _WHY = {
     signal.SIGUSR1: "(the time limit is near)",
@@ -140,11 +150,39 @@ def shorten_ledgers(run: Path, world: int, step: int) -> None:
             StepLog(path, step)
 
 
+class _Warnings(logging.Handler):
+    """Copies the package's warnings to RUN/warnings.jsonl, which keeps those of earlier starts, and to TensorBoard.
+
+    Bad samples have a file of their own. Any thread may log.
+    """
+
+    def __init__(self, path: Path, board: Dashboard) -> None:
+        super().__init__(logging.WARNING)
+        with disk_errors(path):
+            self._file, self._board = path.open("a", buffering=1), board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg != _BAD_SAMPLE:
+            self.write(record.getMessage())
+
+    def write(self, text: str) -> None:
+        """Errors are ignored: a warning must not stop a run."""
+        step, now = place().step, datetime.now(UTC).isoformat(timespec="seconds")
+        with suppress(OSError, ValueError, PipelineError):
+            self._file.write(json.dumps({"step": step, "time": now, "text": text}) + "\n")
+            self._board.text("warnings", text, step)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class Monitor:
     """Reports on a run in `folder` from step `start` of `steps`. Rank 0 writes everything but other ranks' ledgers."""
 
     def __init__(self, folder: Path, rank: int, start: int, steps: int, *, ledger: bool) -> None:
-        self.folder, self.steps = folder, steps
+        self.folder, self.start, self.steps = folder, start, steps
+        self._describe: Callable[[], None] | None = None
         self.logs = []
         self.ledger = None
         if ledger:
@@ -158,17 +196,33 @@ class Monitor:
             self.speed = StepLog(folder / "speed.jsonl", start)
             self.bad_samples = StepLog(folder / "bad_samples.jsonl", start, is_one_each=False)
             self.logs += [self.metrics, self.speed, self.bad_samples]
-            with disk_errors(folder / "tensorboard"):
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+            self.board = Dashboard(folder, start)
+            self.warnings = _Warnings(folder / "warnings.jsonl", self.board)
+            logging.getLogger("pipeline").addHandler(self.warnings)
             self.bar = progress_bar(initial=start, total=steps, desc="training", unit="step")
 
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.leads:
+            if error:
+                self.warnings.write(f"the run failed: {error if isinstance(error, PipelineError) else repr(error)}")
+            logging.getLogger("pipeline").removeHandler(self.warnings)
+            self.warnings.close()
             self.bar.close()
-            self.board.close()
+            self.board.close(failed=error is not None)
+
+    def describe(self, recipe: Recipe, processes: int, resolved: str) -> None:
+        """Show the recipe and the software's versions, and from the first step on the run's row of hyperparameters.
+
+        resolved: the content of recipe.yaml.
+        """
+        if self.leads:
+            self.board.text("recipe", f"```yaml\n{resolved}```", self.start)
+            self._describe = partial(self.board.hyperparameters, recipe, processes)
+            if recipe.trackers:
+                self.board.track(Trackers(recipe.trackers, self.folder, compared(recipe, processes)))
 
     def consumed(self, step: int, origins: Iterable[Origin]) -> None:
         """Record the origins of the samples that this rank consumed in `step`."""
@@ -180,25 +234,30 @@ class Monitor:
         for bad in samples:
             record = {"step": step, "shard": bad.origin.shard, "sample": bad.origin.sample, "key": bad.key}
             self.bad_samples.write(record | {"reason": bad.reason})
-            logger.warning("bad sample %s, key %s: %s", bad.origin, bad.key, bad.reason)
+            logger.warning(_BAD_SAMPLE, bad.origin, bad.key, bad.reason)
 
     def step(self, metrics: dict, speed: dict, histograms: dict[str, np.ndarray]) -> None:
         """Write and show a step's metrics. A metric that is None has no value in this step."""
         if not self.leads:
             return
-        self.metrics.write(metrics)
+        # JSON has no NaN.
+        self.metrics.write({name: None if _is_infinite(value) else value for name, value in metrics.items()})
         self.speed.write({"step": metrics["step"]} | speed)
-        with disk_errors(self.folder / "tensorboard"):
-            for group, values in (("train", metrics), ("speed", speed)):
-                for name, value in values.items():
-                    if name != "step" and value is not None:
-                        self.board.add_scalar(f"{group}/{name}", value, metrics["step"])
-            for name, similarities in histograms.items():
-                if len(similarities):
-                    self.board.add_histogram(f"similarity/{name}", similarities, metrics["step"])
+        named = [(scalar_of(name, "learning"), value) for name, value in metrics.items()]
+        named += [(scalar_of(name, "speed"), value) for name, value in speed.items()]
+        self.board.scalars(((each, value) for each, value in named if each and value is not None), metrics["step"])
+        self.board.histograms(histograms, metrics["step"])
+        if self._describe:
+            self._describe()
+            self._describe = None
         status.note(self.folder, "running", step=metrics["step"], steps=self.steps)
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         self.bar.update()
+
+    def pictures(self, step: int, rows: Sequence[Row]) -> None:
+        """Show queries with their targets and hardest negatives."""
+        self.board.picture("pictures/hardest_negatives", drawn(rows), step)
+        self.board.text("hardest_negatives", as_table(rows), step)
 
     def evaluation(self, step: int, report: Report) -> None:
         """Save and show the evaluation after `step` steps."""
@@ -214,11 +273,11 @@ class Monitor:
         logger.info("step %d: score %.1f%%%s%s", step, 100 * report.score, ", " if shown else "", shown)
 
     def _scores(self, step: int, report: Report, suffix: str) -> None:
-        for name, value in report.averages().items():
-            self.board.add_scalar(f"evaluation/{name}{suffix}", value, step)
+        values = [(evaluation_scalar(f"evaluation/{name}{suffix}"), value) for name, value in report.averages().items()]
         for name, result in report.results.items():
             for metric, value in result.metrics.items():
-                self.board.add_scalar(f"evaluation_datasets/{name}/{metric}{suffix}", value, step)
+                values.append((evaluation_scalar(f"evaluation_datasets/{name}/{metric}{suffix}", metric), value))
+        self.board.scalars(values, step)
 
     def stopped(self, number: int) -> None:
         """Record that a signal stopped the run, which can be resumed."""
@@ -232,3 +291,7 @@ class Monitor:
         """Sync the logs to disk, so that after a crash they have all steps of the checkpoint written next."""
         for log in self.logs:
             log.flush()
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

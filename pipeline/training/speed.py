@@ -35,6 +35,9 @@ PEAKS = {
     ("L4",): 121.0,
 }
 
+# Phases in which a rank waits for no other, unless parameters are partitioned (ZeRO 3).
+_OWN = ("data", "first_pass", "pass")
+
 
 def peak_tflops(name: str) -> float | None:
     """Return a device's peak for dense bf16 by its name, as torch.cuda.get_device_name gives it; None if unknown.
@@ -65,29 +68,38 @@ class Speed:
         waited: float,
         memory: int,
         phases: Mapping[str, float],
-    ) -> dict[str, float]:
-        """Return a step's values for speed.jsonl. Collective.
+        counts: Mapping[str, float],
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Return a step's values for speed.jsonl, and the sums of `counts` over ranks. Collective.
 
         began: time.perf_counter() at the step's begin.  waited: seconds in which this rank waited for data.
-        memory: its peak in bytes.  phases: its seconds by phase, from `take_seconds`; all ranks have the same ones.
+        memory: its peak in bytes.  phases: its seconds by phase, from `take_seconds`.  All ranks have the same phases
+        and counts.
         """
         flops = self._flops(list(batch.items.values()), result.logits) if self._flops else 0.0
-        ours = [result.tokens, batch.received, waited, memory, flops, *phases.values()]
+        ours = [result.tokens, result.padded, batch.received, batch.retries, waited, memory, flops]
+        ours += [sum(phases.get(name, 0.0) for name in _OWN), *phases.values(), *counts.values()]
         device = get_accelerator().current_device_name()
         ranks = all_gather_constant(torch.tensor([ours], device=device)).double().cpu()
         seconds = time.perf_counter() - began
-        tokens, received, waits, memories, each_flops, *by_phase = ranks.T
+        tokens, padded, received, retries, waits, memories, each_flops, own, *rest = ranks.T
+        by_phase, summed = rest[: len(phases)], rest[len(phases) :]
         speed = {
             "seconds": seconds,
             "waiting_for_data": float(waits.max()),
             "samples_per_second": self._global_batch / seconds,
             "tokens_per_second": float(tokens.sum()) / seconds,
+            "padding": 1 - float(tokens.sum() / padded.sum()),
             "heaviest_rank": float(tokens.max() / tokens.mean()),
+            "slowest_rank": int(own.argmax()),
+            "slowest_rank_seconds": float(own.max() - own.mean()),
             "read_mb_per_second": float(received.sum()) / 1e6 / seconds,
+            "read_retries": int(retries.sum()),
             "peak_memory_gb": float(memories.max()) / 1e9,
         }
         if self._flops:
             speed["tflops_per_device"] = float(each_flops.mean()) / 1e12 / seconds
             if self._peak:
                 speed["mfu"] = speed["tflops_per_device"] / self._peak
-        return speed | {f"seconds/{name}": float(each.mean()) for name, each in zip(phases, by_phase, strict=True)}
+        speed |= {f"seconds/{name}": float(each.mean()) for name, each in zip(phases, by_phase, strict=True)}
+        return speed, {name: float(each.sum()) for name, each in zip(counts, summed, strict=True)}

@@ -1,7 +1,6 @@
 """One training run: checks, loading, steps, evaluation and export."""
 
 import logging
-import math
 import os
 import platform
 import time
@@ -15,7 +14,6 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.config import Recipe, dump_recipe, load_ds_config
-from pipeline.data.batch import Batch
 from pipeline.data.lengths import Lengths
 from pipeline.data.order import Order
 from pipeline.data.plan import Stop
@@ -29,9 +27,9 @@ from pipeline.jobs import limits, status
 from pipeline.models.chunks import CachedFeatures
 from pipeline.models.registry import saved, training_of
 from pipeline.objectives.objective import StepResult, objective_of
-from pipeline.phases import phase, take_seconds
+from pipeline.phases import phase
 from pipeline.storage.atomic import write_file
-from pipeline.training import checkpoint, profiler, resume
+from pipeline.training import checkpoint, profiler, resume, trackers
 from pipeline.training.budget import MEMORY, NOTE, Budget, Meter, out_of_memory_noted, record_of, restored_budget
 from pipeline.training.conditions import check, conditions_of_run
 from pipeline.training.engine import build_engine, learning_rate, load_frozen, set_hyperparameters
@@ -40,11 +38,13 @@ from pipeline.training.export import export
 from pipeline.training.feed import Feed, Prepared
 from pipeline.training.initial import check_sizes, initial_model
 from pipeline.training.monitor import Monitor, shorten_ledgers
+from pipeline.training.part_norms import PartNorms
 from pipeline.training.partitions import check_nodes
 from pipeline.training.preemption import Preemption
 from pipeline.training.profiler import Profiler
 from pipeline.training.saving import Saver
 from pipeline.training.speed import Speed
+from pipeline.training.step_report import StepReport
 from pipeline.training.universal import for_this_world
 from pipeline.training.watchdog import Watchdog, record_collectives
 
@@ -90,6 +90,7 @@ class Trainer:
         lengths = self.family.lengths(recipe)
         self.order, self.steps = plan(recipe, self.source, lengths, world)
         profiler.check(recipe.profile, self.steps)
+        trackers.check(recipe.trackers)
         self.ds_config = load_ds_config(recipe, world)
         self.family.check_stage(self.ds_config["zero_optimization"]["stage"])
         check_nodes(self.ds_config["zero_optimization"], int(os.environ.get("LOCAL_WORLD_SIZE", world)))
@@ -114,7 +115,8 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.start = resume.choose(self.checkpoints, self.conditions)
         if self.rank == 0:
-            self._write_recipe()
+            with disk_errors(self.folder / "recipe.yaml"):
+                write_file(self.folder / "recipe.yaml", self._resolved_recipe().encode())
         self.model_path = on_first_rank(
             lambda: initial_model(recipe, self.source, self.folder / "init", anew=self.start is None),
             "the model to begin with",
@@ -153,7 +155,10 @@ class Trainer:
             if asked := self.preemption.asked():
                 self.monitor.stopped(asked)
                 return False
-            return self._take(range(done, self.steps))
+            finished = self._take(range(done, self.steps))
+            if finished and self.monitor.leads:
+                self.monitor.board.finished()
+            return finished
 
     def _take(self, steps: range) -> bool:
         """Take the steps; see `train`."""
@@ -168,7 +173,15 @@ class Trainer:
                         prepared = feed.next()
                     result, lr = self._step(step, prepared, feed)
                     with phase("report"):
-                        self._report(done, prepared.batch, result, lr, began, feed.waited - waited)
+                        self.report.of_step(
+                            done,
+                            prepared.batch,
+                            result,
+                            self.budget,
+                            lr=lr,
+                            began=began,
+                            waited=feed.waited - waited,
+                        )
                 self.saver.raise_failure()
                 asked, evaluates = self.preemption.asked(), self.evaluation.is_due(done)
                 # Also save before an evaluation: if that is interrupted, the next start repeats it.
@@ -204,7 +217,6 @@ class Trainer:
             state = checkpoint.load(self.engine, self.start)
             set_hyperparameters(self.engine, self.recipe)
             self.objective.load(state)
-        self.bad_samples = int(state["bad_samples"])
         self.meter = Meter(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
         self.budget_conditions = self._conditions_of_budget()
         self.budget = self._restored_budget(state.get("budget"))
@@ -212,6 +224,19 @@ class Trainer:
         self.saver = Saver(self.engine, self.checkpoints, self.conditions, self.recipe.checkpoint.keep)
         self.profiler = Profiler(self.recipe.profile, self.folder, dist.get_rank())
         self.monitor = Monitor(self.folder, dist.get_rank(), done, self.steps, ledger=self.recipe.ledger)
+        self.monitor.describe(self.recipe, self.world, self._resolved_recipe())
+        trained = [part for part in self.recipe.model.train.parts() if getattr(self.recipe.model.train, part)]
+        self.report = StepReport(
+            self.recipe,
+            self.order,
+            self.source.names,
+            self.processor,
+            self.monitor,
+            self.speed,
+            self.meter,
+            PartNorms(self.engine.basic_optimizer, trained),
+            int(state["bad_samples"]),
+        )
         return done
 
     def _conditions_of_budget(self) -> dict[str, Any]:
@@ -280,53 +305,18 @@ class Trainer:
                 logger.info("a step took %s; %s %s", used, how, self.budget)
         return result, lr
 
-    def _report(self, done: int, batch: Batch, result: StepResult, lr: float, began: float, waited: float) -> None:
-        """Write the step's metrics. Raises PipelineError if the run must stop."""
-        global_batch = self.recipe.batch.global_batch
-        self.monitor.consumed(done, batch.origins)
-        place = {"step": done, "epoch": self.order.locate(done - 1)[0], "samples": done * global_batch}
-        metrics, histograms = result.metrics(batch)
-        metrics = place | {"loss": metrics["loss"], "grad_norm": result.grad_norm, "lr": lr} | metrics
-        if metrics["valid"] < global_batch:
-            self._gather_bad(done, batch)
-        speed = self.speed.of_step(result, batch, began, waited, self.meter.peak(), take_seconds())
-        self.bad_samples += global_batch - metrics["valid"]
-        self._require_progress(metrics)
-        self.monitor.step(metrics, speed, histograms)
-
-    def _gather_bad(self, step: int, batch: Batch) -> None:
-        """Gather a step's bad samples on the first rank, which records them."""
-        ranks: list[Any] | None = [None] * dist.get_world_size() if self.monitor.leads else None
-        dist.gather_object(batch.bad, ranks)
-        self.monitor.bad(step, [bad for rank in ranks or [] for bad in rank])
-
-    def _require_progress(self, metrics: dict[str, Any]) -> None:
-        """Raise PipelineError if the loss or gradient norm is not finite, or if there are too many bad samples."""
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-            raise PipelineError(
-                f"step {metrics['step']}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower "
-                "optimizer.lr or raise optimizer.warmup_ratio and start the same command: it continues from the newest "
-                "checkpoint"
-            )
-        # The rate is computed over at least 10,000 samples: one bad sample among the first few must not stop the run.
-        most = self.recipe.data.max_bad_fraction
-        if self.bad_samples > most * max(metrics["samples"], 10_000):
-            raise PipelineError(
-                f"{self.bad_samples} of {metrics['samples']} samples so far could not be used, more than "
-                f"data.max_bad_fraction={most}; {self.folder / 'bad_samples.jsonl'} says which and why"
-            )
-
     def _save(self, done: int) -> None:
         """Begin to write a checkpoint; `_finish_save` waits until it is whole."""
         self._finish_save()
         self.monitor.flush()
-        state = self.objective.state() | {"bad_samples": self.bad_samples}
+        state = self.objective.state() | {"bad_samples": self.report.bad_samples}
         self.saver.begin(done, state | {"budget": record_of(self.budget, self.budget_conditions)})
 
     def _finish_save(self) -> None:
         if self.saver.finish() and self.monitor.leads:
             with disk_errors(self.folder / NOTE):
                 (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
+            self.report.of_checkpoint(self.checkpoints)
 
     def _evaluate(self, step: int) -> None:
         report = self.evaluation.report(self.budget.chunk_tokens)
@@ -338,9 +328,7 @@ class Trainer:
                 checkpoint.keep_best(self.checkpoints, step, report.score, list(report.results))
             self.monitor.evaluation(step, report)
 
-    def _write_recipe(self) -> None:
-        """Write recipe.yaml: the resolved recipe, with the number of processes and the packages' versions."""
+    def _resolved_recipe(self) -> str:
+        """Return the content of recipe.yaml: the number of processes, the packages' versions, the resolved recipe."""
         versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-        header = f"# {self.world} processes; Python {platform.python_version()}, {versions}\n"
-        with disk_errors(self.folder / "recipe.yaml"):
-            write_file(self.folder / "recipe.yaml", (header + dump_recipe(self.recipe)).encode())
+        return f"# {self.world} processes; Python {platform.python_version()}, {versions}\n{dump_recipe(self.recipe)}"

@@ -128,9 +128,13 @@ class Watchdog:
     of it, as with gloo, leaving raises a PipelineError that says the same.
     """
 
-    def __init__(self, run: Path, rank: int, world: int, minutes: float) -> None:
+    def __init__(self, run: Path, rank: int, world: int, minutes: float, start: str | None = None) -> None:
+        """start: the id of the start of the run whose notes `report` reads; None is that of this process."""
         self._folder, self._rank, self._world, self._minutes = run / FOLDER, rank, world, minutes
-        self._interval, self._start = min(_SECONDS, 60 * minutes / 20), status.start_id()[-64:]
+        self._interval, self._start = (
+            min(_SECONDS, 60 * minutes / 20),
+            (status.start_id() if start is None else start)[-64:],
+        )
         self._doing, self._moved, self._polled = Location("", ""), 0.0, time.time()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

@@ -90,7 +90,7 @@ def traced_step(
             features=features,
             ahead=ahead,
         )
-        result.metrics(batch)
+        result.metrics(batch, ["a dataset", "another"])
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if not parameter.requires_grad:

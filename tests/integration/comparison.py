@@ -26,6 +26,7 @@ def assert_equal(out: Path, name: str) -> None:
         print(f"{name}: {result}")
         assert result["loss"] < 1e-5, result
         assert result["grad_norm"] < 1e-5, result
+        assert result["part_norms"] < 1e-5, result
         assert result["parameters"] < 1e-5, result
         assert result["temperature"] < 1e-5, result
         assert (result["learnt"] > 1e-5) == ("learn_temperature" in result["case"]), result

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,8 +39,10 @@ from pipeline.objectives.contrastive import step as step_module
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.step import Contrastive
 from pipeline.storage.atomic import replacing
+from pipeline.training import part_norms
 from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
+from pipeline.training.part_norms import PartNorms
 
 PAIRS = 16
 STEPS = 2
@@ -290,10 +293,11 @@ def recipe_of(fields: tuple[str, ...], model: str | None = None) -> Recipe:
 
 @dataclass(frozen=True)
 class Expected:
-    """One process's results with the whole batch: losses and gradient norms per step, and the final parameters."""
+    """One process's results with the whole batch: losses, gradient norms (whole, by part), and final parameters."""
 
     losses: list[float]
     norms: list[float]
+    of_parts: list[dict[str, float]]
     temperatures: list[float]
     parameters: dict[str, torch.Tensor]
 
@@ -358,7 +362,7 @@ def trained_alone(
     log_scale = -torch.tensor(temperatures_of(recipe)).log()
     log_scale.requires_grad_(recipe.objective.learn_temperature)
     scale_optimizer = torch.optim.AdamW([log_scale], lr=LR, eps=EPS, weight_decay=0)
-    losses, norms = [], []
+    losses, norms, of_parts = [], [], []
     for step in range(STEPS):
         value = loss(step, torch.exp(-log_scale))
         optimizer.zero_grad()
@@ -368,11 +372,16 @@ def trained_alone(
             # Parameters that no item of the batch uses get a zero gradient, and weight decay.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         losses.append(float(value.detach()))
+        squares: dict[str, float] = defaultdict(float)
+        for name, parameter in trained.items():
+            part = next(part for prefix, part in parts.items() if name.startswith(prefix))
+            squares[part] += float(parameter.grad.double().square().sum())
+        of_parts.append({part: square**0.5 for part, square in squares.items()})
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)))
         optimizer.step()
         scale_optimizer.step()
     parameters = {name: parameter.detach() for name, parameter in reference.named_parameters()}
-    return Expected(losses, norms, torch.exp(-log_scale).tolist(), parameters)
+    return Expected(losses, norms, of_parts, torch.exp(-log_scale).tolist(), parameters)
 
 
 def temperatures_of(recipe: Recipe) -> list[float]:
@@ -414,7 +423,8 @@ def differences(
     pairs_of: returns the pairs of a step, for all ranks. features: created anew for each step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    objective, result = Contrastive(recipe, engine.device), {"loss": 0.0, "grad_norm": 0.0}
+    objective, result = Contrastive(recipe, engine.device), {"loss": 0.0, "grad_norm": 0.0, "part_norms": 0.0}
+    of_parts = PartNorms(engine.basic_optimizer, list(theirs.of_parts[0]))
     for step in range(STEPS):
         pairs = pairs_of(step)
         own = batch_of(pairs[rank * len(pairs) // world : (rank + 1) * len(pairs) // world], processor)
@@ -424,6 +434,11 @@ def differences(
         dist.all_reduce(loss)
         result["loss"] = worst(result["loss"], abs(float(loss) / world / theirs.losses[step] - 1))
         result["grad_norm"] = worst(result["grad_norm"], abs(ours.grad_norm / theirs.norms[step] - 1))
+        squares = torch.tensor(list(of_parts.take().values()), dtype=torch.float64)
+        dist.all_reduce(squares)
+        found = part_norms.norms(dict(zip(theirs.of_parts[step], squares.tolist(), strict=True)), ours.grad_norm)
+        off = [abs(found[part] - norm) for part, norm in theirs.of_parts[step].items()] if len(found) > 1 else []
+        result["part_norms"] = worst(result["part_norms"], *(each / theirs.norms[step] for each in off))
     tasks = sorted(recipe.objective.temperatures)
     ended = torch.as_tensor(objective.temperature.of(["", *tasks])).detach().expand(1 + len(tasks))
     result["temperature"] = float((ended / torch.tensor(theirs.temperatures) - 1).abs().max())

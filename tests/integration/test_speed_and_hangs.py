@@ -93,6 +93,7 @@ def test_message_names_the_rank_that_hangs(how, recipe, tmp_path):
         and ", in the collective all_" in said
     )
     assert "WARNING rank 0: waiting for " in ended.output  # before the limit, which NCCL leaves no time for
+    assert "waiting for " in (tmp_path / "warnings.jsonl").read_text()
     status = Status.read(tmp_path)
     assert status.state == State.FAILED and "rank 1 on " in status.reason
     if how == "sleep":  # a stopped process writes nothing

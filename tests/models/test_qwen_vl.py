@@ -674,3 +674,15 @@ def test_embedder_reads_texts_and_pictures(folders):
     items: Sequence[Encoded] = [processor.encode(Item("red star"))]
     assert_close_in_norm(rows[0], model(pack(items), False)[0])
     assert rows.shape == (2, 48)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_and_picture_of_an_item_are_shown(kind, folders):
+    processor = QwenVLProcessor.load(folders[kind], 4096)
+    data = png(80, 40)
+    text, picture, aspect = processor.shown(processor.encode(Item("<image>\na small red star", (data,))))
+    assert text == "a small red star"
+    assert aspect == pytest.approx(2, rel=0.5)  # sides are rounded to whole tokens
+    mean = np.asarray(Picture.open(io.BytesIO(data)).convert("RGB")).mean(axis=(0, 1))
+    assert np.abs(picture.mean(axis=(1, 2)) - mean).max() < 8
+    assert processor.shown(processor.encode(Item("a small red star"))) == ("a small red star", None, 1.0)

@@ -83,7 +83,7 @@ def test_text_encoder_rejects_images_and_videos(qwen):
 
 @pytest.fixture
 def processor(qwen) -> TwoTowerProcessor:
-    return TwoTowerProcessor(PIXELS, 10, TextProcessor(qwen, 64).tokenized, video_frames=3)
+    return TwoTowerProcessor(PIXELS, 10, TextProcessor(qwen, 64), video_frames=3)
 
 
 def test_images_and_video_frames_have_a_fixed_token_count(processor):

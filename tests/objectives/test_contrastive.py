@@ -99,7 +99,9 @@ def test_loss_and_gradients_match_formula(name, directions, explicit, tile):
     torch.testing.assert_close(output.hardest_negative[valid], expected.hardest[valid], **near_zero)
     torch.testing.assert_close(output.effective_negatives[valid], expected.effective[valid], **near_zero)
     torch.testing.assert_close(output.hardest_share[valid], expected.share[valid], **near_zero)
+    torch.testing.assert_close(output.mean_negative[valid], expected.mean_negative[valid], **near_zero)
     assert output.masked_pairs.item() == pytest.approx(expected.masked / expected.pairs)
+    assert output.masked_by_margin.item() == pytest.approx(expected.by_margin / expected.pairs)
     assert (expected.masked > 0) == any(key in options for key in ("margin", "query_ids"))
 
 

@@ -77,7 +77,9 @@ def numbers(output) -> dict:
         "hardest": output.hardest_negative,
         "effective": output.effective_negatives,
         "share": output.hardest_share,
+        "mean": output.mean_negative,
         "masked": output.masked_pairs,
+        "by margin": output.masked_by_margin,
         "valid": output.valid_count,
     }
 
@@ -145,7 +147,7 @@ def test_two_processes_equal_one_with_whole_batch(of_two_ranks, name):
             assert_close_in_norm(torch.cat(parts) / largest, whole / largest, **OF_LOGITS)
     for key, whole in numbers(output).items():
         parts = [r[key] for r in ranks]
-        if key in ("masked", "valid"):
+        if key in ("masked", "by margin", "valid"):
             assert parts == [whole, whole]
         else:
             valid = options["valid"]

@@ -60,8 +60,9 @@ def unfinished(key: str) -> list[str]:
 @pytest.mark.parametrize("fault", [RESET, TRUNCATE, UNAVAILABLE], ids=lambda fault: fault.kind)
 def test_broken_read_resumes_at_the_break(proxied, fault, start, length):
     proxy = proxied(only("GET", range(3), fault))
-    before = objects.bytes_received()
+    before, retries = objects.bytes_received(), objects.retries()
     data = objects.read(OBJECT, start, length)
+    assert objects.retries() - retries == 3
     assert data == CONTENT[start:][:length]
     assert objects.bytes_received() - before == len(data) == proxy.body_bytes[PATH]
     assert proxy.requests == [("GET", PATH)] * 4

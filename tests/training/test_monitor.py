@@ -145,20 +145,20 @@ def test_tensorboard_shows_metrics_speed_and_histograms(tmp_path):
         monitor.evaluation(2, Report("model", {"Scene-VQA": vqa, "clips": clips}, variants=tuple(variants)))
     assert Report.read(tmp_path / "evaluation/step-00000002.json").averages()["vqa"] == 0.5
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.value for event in board.Scalars("train/loss")] == [1.0, 0.5]
-    assert [event.value for event in board.Scalars("evaluation/vqa")] == [0.5]
+    assert [event.value for event in board.Scalars("learning/loss")] == [1.0, 0.5]
+    assert [event.value for event in board.Scalars("evaluation/vqa")] == [50.0]  # percent
     tags = board.Tags()
-    assert {"speed/seconds", "evaluation_datasets/Scene-VQA/P@1"} <= set(tags["scalars"])
+    assert {"speed/step_seconds", "evaluation_datasets/Scene-VQA/P@1"} <= set(tags["scalars"])
     assert [event.value for event in board.Scalars("evaluation_datasets/clips/t2v MdR")] == [4.0]
     averaged = ("vqa", "in distribution", "overall")
     cut = {tag: round(board.Scalars(tag)[0].value, 5) for tag in tags["scalars"] if re.search(r"@[24]\d", tag)}
     assert cut == {
-        **{f"evaluation/{group}@{size}": size / 100 for size in (40, 20) for group in averaged},
-        **{f"evaluation_datasets/Scene-VQA/P@1@{size}": size / 100 for size in (40, 20)},
-        **{f"evaluation_datasets/clips/t2v R@1@{size}": 0.2 for size in (40, 20)},
-        **{f"evaluation/{group}@{form}": 0.1 for form in ("48-int8", "20-int8") for group in averaged},
-        **{f"evaluation_datasets/Scene-VQA/P@1@{form}": 0.1 for form in ("48-int8", "20-int8")},
-        **{f"evaluation_datasets/clips/t2v R@1@{form}": 0.1 for form in ("48-int8", "20-int8")},
+        **{f"evaluation/{group}@{size}": size for size in (40, 20) for group in averaged},
+        **{f"evaluation_datasets/Scene-VQA/P@1@{size}": size for size in (40, 20)},
+        **{f"evaluation_datasets/clips/t2v R@1@{size}": 20.0 for size in (40, 20)},
+        **{f"evaluation/{group}@{form}": 10.0 for form in ("48-int8", "20-int8") for group in averaged},
+        **{f"evaluation_datasets/Scene-VQA/P@1@{form}": 10.0 for form in ("48-int8", "20-int8")},
+        **{f"evaluation_datasets/clips/t2v R@1@{form}": 10.0 for form in ("48-int8", "20-int8")},
     }
     assert tags["histograms"] == ["similarity/positive"]
-    assert "train/positive_similarity" not in tags["scalars"]
+    assert "learning/similarity_positive" not in tags["scalars"]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from two_ranks import on_two_ranks
 
 from pipeline import phases
 from pipeline.config import load_recipe
@@ -76,11 +77,13 @@ def one_rank():
 
 @pytest.mark.parametrize("peak", [None, 100.0])
 def test_flops_of_a_step_make_its_utilisation(peak, one_rank):
-    batch = SimpleNamespace(items={1: "an item", 2: "another"}, received=6_000_000)
-    result = SimpleNamespace(tokens=500, logits=3)
+    batch = SimpleNamespace(items={1: "an item", 2: "another"}, received=6_000_000, retries=2)
+    result = SimpleNamespace(tokens=500, padded=800, logits=3)
     speed = Speed(8, lambda items, logits: 1e13 * len(items) + logits, "fp32")
     speed._peak = peak
-    line = speed.of_step(result, batch, time.perf_counter() - 2, 0.5, 3_000_000_000, {"loss": 0.25})
+    line, sums = speed.of_step(result, batch, time.perf_counter() - 2, 0.5, 3_000_000_000, {"loss": 0.25}, {"a": 3.0})
+    assert sums == {"a": 3.0}
+    assert (line["padding"], line["read_retries"], line["slowest_rank"]) == (pytest.approx(0.375), 2, 0)
     assert line["seconds"] >= 2
     assert line["tflops_per_device"] * line["seconds"] == pytest.approx(20)
     assert line.get("mfu") == (pytest.approx(line["tflops_per_device"] / peak) if peak else None)
@@ -90,9 +93,26 @@ def test_flops_of_a_step_make_its_utilisation(peak, one_rank):
 
 
 def test_model_of_unknown_flops_has_no_utilisation(one_rank):
-    batch, result = SimpleNamespace(items={}, received=0), SimpleNamespace(tokens=1, logits=0)
-    line = Speed(8, None, "bf16").of_step(result, batch, time.perf_counter() - 1, 0, 0, {})
+    batch, result = SimpleNamespace(items={}, received=0, retries=0), SimpleNamespace(tokens=1, padded=1, logits=0)
+    line, _ = Speed(8, None, "bf16").of_step(result, batch, time.perf_counter() - 1, 0, 0, {}, {})
     assert not {"mfu", "tflops_per_device"} & line.keys()
+
+
+def of_two_ranks(rank: int) -> tuple[dict, dict]:
+    batch = SimpleNamespace(items={}, received=1_000_000 * (1 + rank), retries=rank)
+    result = SimpleNamespace(tokens=100 + 200 * rank, padded=200 + 200 * rank, logits=0)
+    phases = {"data": 0.1, "first_pass": 0.5 + 2 * rank, "loss": 9.0 - 2 * rank}
+    return Speed(8, None, "fp32").of_step(result, batch, time.perf_counter() - 1, 0.1, 0, phases, {"n": 2.0 + rank})
+
+
+def test_slowest_rank_is_the_one_that_the_others_wait_for():
+    """The loss waits for the slower rank, so that only phases before it count."""
+    for line, sums in on_two_ranks(of_two_ranks):
+        assert (line["slowest_rank"], line["read_retries"]) == (1, 1)
+        assert line["slowest_rank_seconds"] == pytest.approx(1.0)
+        assert line["padding"] == pytest.approx(1 - 400 / 600)
+        assert line["heaviest_rank"] == pytest.approx(1.5)
+        assert sums == {"n": 5.0}
 
 
 def test_steps_to_profile_must_be_in_the_run():

@@ -86,9 +86,7 @@ class SavedClip(SavedModelInterface):
         self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None
     ) -> TwoTowerProcessor:
         texts = ClipTexts.load(path, max_tokens)
-        return TwoTowerProcessor(
-            Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames, video_fps=video_fps
-        )
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames, video_fps=video_fps)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         return Clip.load(path, DTYPES[precision]).eval().to(device), None

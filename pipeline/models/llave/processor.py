@@ -24,6 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, load_config, sides_of, text_of, tiling
 from pipeline.models.loading import reads_as_stored
+from pipeline.models.shown import View, shown_text, view
 
 # The published prompt. The assistant's turn is one newline; the last token, also a newline, is pooled.
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -165,6 +166,11 @@ class LlaveProcessor:
                 raise BadSample(f"{len(ids)} tokens: its images or video do not fit in max_tokens={self.max_tokens}")
             row = np.concatenate([kept, self._suffix])
         return Encoded(row, tuple(encoded))
+
+    def shown(self, item: Encoded) -> View:
+        marks = self.image_token_id, self.video_token_id
+        text = shown_text(self.tokenizer, item.input_ids, placeholders=marks, before=PREFIX, after=SUFFIX)
+        return view(item, text)
 
     def _tokenize(self, text: str) -> list[int]:
         """Return the ids of a part of the prompt, without padding tokens, as by LLaVE's attention mask."""

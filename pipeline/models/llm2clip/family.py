@@ -95,7 +95,7 @@ class Llm2ClipTraining(TrainingInterface[Llm2ClipSection]):
         pixels, tokens = Pixels.load(path, model.images), tokens_of(model.path, model.architecture)
         texts = SAVED_TEXT_ENCODER.reader(model.text_encoder, model.max_tokens)
         return TwoTowerProcessor(
-            pixels, tokens, texts.tokenized, recipe.video.frames, vectors, scaled_jpeg=recipe.data.scaled_jpeg
+            pixels, tokens, texts, recipe.video.frames, vectors, scaled_jpeg=recipe.data.scaled_jpeg
         )
 
     def augmented(self, recipe: Recipe, processor: Processor, draws: ContentDraw) -> Processor:
@@ -167,9 +167,7 @@ class SavedLlm2Clip(SavedModelInterface):
 
     def reader(self, path: str, max_tokens: int, video_frames: int, video_fps: float | None = None) -> Processor:
         texts = SAVED_TEXT_ENCODER.reader(llm2clip.text_encoder_of(path), max_tokens)
-        return TwoTowerProcessor(
-            Pixels.load(path), shape_of(path).tokens, texts.tokenized, video_frames, video_fps=video_fps
-        )
+        return TwoTowerProcessor(Pixels.load(path), shape_of(path).tokens, texts, video_frames, video_fps=video_fps)
 
     def open(self, path: str, precision: str, device: torch.device) -> tuple[nn.Module, Features | None]:
         text_encoder, _ = SAVED_TEXT_ENCODER.open(llm2clip.text_encoder_of(path), precision, device)

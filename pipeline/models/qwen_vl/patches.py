@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from pipeline.data.batch import Image as EncodedImage
 from pipeline.data.sample import BadSample
 from pipeline.data.tiles import resized
 
@@ -131,6 +132,15 @@ class Patches:
         pixels, merge = resized(image, rows * self.side, columns * self.side), self.merge
         cells = pixels.reshape(3, rows // merge, merge, self.side, columns // merge, merge, self.side)
         return np.ascontiguousarray(cells.transpose(1, 4, 2, 5, 0, 3, 6)).reshape(-1, 3, self.side, self.side)
+
+    def joined(self, image: EncodedImage) -> tuple[np.ndarray, float]:
+        """Return an image, or a video's first frame, from its patches: (3, height, width), and width / height."""
+        merge, side = self.merge, self.side
+        rows, columns = image.height // side, image.width // side
+        tiles = image.tiles[: 2 * rows * columns : 2] if image.video else image.tiles
+        cells = tiles.reshape(rows // merge, columns // merge, merge, merge, 3, side, side)
+        whole = cells.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, image.height, image.width)
+        return whole, image.width / image.height
 
     @staticmethod
     def _possible(height: int, width: int) -> bool:

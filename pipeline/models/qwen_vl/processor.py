@@ -23,6 +23,7 @@ from pipeline.models.loading import reads_as_stored
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.patches import Grid, Patches, positions
 from pipeline.models.qwen_vl.prompts import CHAT, PROMPTS, Prompt
+from pipeline.models.shown import View, shown_text
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -148,6 +149,13 @@ class QwenVLProcessor:
             else:
                 parts.append(piece)
         return self._joined(parts, tuple(encoded))
+
+    def shown(self, item: Encoded) -> View:
+        before, after = self.prompt.prefix.format(self.instruction), self.prompt.suffix
+        placeholders = [self.image_token_id, self.video_token_id]
+        text = shown_text(self.tokenizer, item.input_ids, placeholders=placeholders, before=before, after=after)
+        text = text.replace(START + END, "")
+        return View(text, *self.patches.joined(item.images[0])) if item.images else View(text)
 
     def _video(self, frames: Sequence[Picture], of_pair: Grid) -> "list[str | _Placed]":
         """Return the parts that stand for a video."""

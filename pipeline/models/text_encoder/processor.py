@@ -19,6 +19,7 @@ from pipeline.data.sample import BadSample, Item
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.sentence_transformers import TEXT_ENCODER
+from pipeline.models.shown import View, shown_text
 from pipeline.models.text_encoder.templates import NONE, TEMPLATES, check
 
 SETTINGS = TEXT_ENCODER
@@ -50,6 +51,10 @@ class TextsAlone(ABC):
     """The part that processors of models of texts share; an item with an image or a video is a BadSample."""
 
     as_stored: ClassVar[bool] = False
+    tokenizer: Tokenizer
+
+    def shown(self, item: Encoded) -> View:
+        return View(shown_text(self.tokenizer, item.input_ids))
 
     @abstractmethod
     def tokenized(self, text: str, instruction: str = "") -> Encoded:

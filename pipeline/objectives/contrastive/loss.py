@@ -69,19 +69,23 @@ class LossOutput:
     contrastive, distillation: scalars; its two summands.
     positive: (n,) similarity of query and target in this rank's rows; 0 for an invalid row.
     hardest_negative: (n,) largest similarity of each of this rank's queries to a negative; -inf without negatives;
-        undefined for an invalid row, as are the next two.
+        undefined for an invalid row, as are the next three.
+    mean_negative: (n,) mean similarity of each of this rank's queries to its negatives; 0 without any.
     effective_negatives: (n,) 1 / sum_j w_ij^2, with w_ij negative j's share of the sum of exp(s_ij/tau + alpha r_ij);
         0 without negatives.
     hardest_share: (n,) sum of the query's largest w_ij, as many as 1 % of its negatives, rounded up; 0 without any.
     masked_pairs: scalar; the fraction masked by content or margin, among all pairs of a valid query of the global batch
         and a valid column (explicit negatives and others' further positives included) that is none of its answers.
+    masked_by_margin: scalar; the part of it that no content masks.
     valid_count: int64 scalar; valid rows of the global batch.
     """
 
     loss: Tensor
     positive: Tensor
     hardest_negative: Tensor
+    mean_negative: Tensor
     masked_pairs: Tensor
+    masked_by_margin: Tensor
     valid_count: Tensor
     contrastive: Tensor
     distillation: Tensor
@@ -258,6 +262,7 @@ def hardness_weighted_loss(
 
         further_count = extra.valid.reshape(world, most_negatives + most_positives)[:, most_negatives:].sum()
         candidates = valid_count * (valid_count + extra.valid.sum() - 1) - further_count
+        masked = found.masked / candidates.clamp(min=1)
         return LossOutput(
             loss=mean(losses),
             contrastive=mean(contrastive),
@@ -266,7 +271,9 @@ def hardness_weighted_loss(
             hardest_negative=found.hardest,
             effective_negatives=found.effective,
             hardest_share=found.share,
-            masked_pairs=found.masked / candidates.clamp(min=1),
+            mean_negative=found.mean,
+            masked_pairs=masked[0],
+            masked_by_margin=masked[1],
             valid_count=valid_count,
         )
 

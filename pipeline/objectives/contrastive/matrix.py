@@ -52,8 +52,9 @@ class Tile:
 class Band:
     """The tiles of the same queries at all sizes.
 
-    teacher: (rows, N + M) the teacher's similarities, or None.  masked: int64 (rows,) pairs masked by content or
-    margin, at the last size.  divergences: for each size, of the teacher from each query, (rows,), or None.
+    teacher: (rows, N + M) the teacher's similarities, or None.  masked: int64 (2, rows) pairs masked by content or
+    margin, and of these by the margin alone, at the last size.  divergences: for each size, of the teacher from each
+    query, (rows,), or None.
     """
 
     tiles: list[Tile]
@@ -152,7 +153,7 @@ class Matrix:
     def _tile(
         self, part: slice, k: int, alike: Tensor | None, teacher: Tensor | None
     ) -> tuple[Tile, Tensor, Tensor | None]:
-        """Return a tile at size k, the number of pairs masked by content or margin in each row, and the divergences.
+        """Return a tile at size k, the number of pairs masked in each row (see `Band.masked`), and the divergences.
 
         alike: bool (rows, N + M), or None.  teacher: (rows, N + M) the teacher's similarities, or None.
         """
@@ -183,9 +184,11 @@ class Matrix:
             back = None if back is None else back.masked_fill(of_targets, -torch.inf)
         elif back is not None and near is not None and self.tau.ndim:
             back.masked_fill_(near[:, :count], -torch.inf)
-        masked = torch.zeros(len(forth), dtype=torch.int64, device=forth.device)
+        masked = torch.zeros(2, len(forth), dtype=torch.int64, device=forth.device)
         if near is not None:
-            masked = (near & (forth > -torch.inf)).sum(dim=1)
+            masked[0] = (near & (forth > -torch.inf)).sum(dim=1)
+            if self.margin is not None:
+                masked[1] = masked[0] if alike is None else masked[0] - (alike & (forth > -torch.inf)).sum(dim=1)
             forth.masked_fill_(near, -torch.inf)
         distilled = divergence = None
         if self.distill is not None and teacher is not None:
@@ -198,11 +201,18 @@ class Matrix:
         """Return a tile's similarities (rows, N + M), multiplied by _scale; -inf where the logits are."""
         return logits if teacher is None or not self.by_teacher else logits.sub(teacher, alpha=self.alpha)
 
-    def hardest(self, tile: Tile, largest: Tensor, teacher: Tensor | None) -> Tensor:
-        """Return the largest similarity of each query's negatives, (rows,).  largest: their largest logits."""
-        if self.by_teacher:
-            largest = self._without_reward(tile.forth, teacher).amax(dim=1)
-        return largest / self._of_rows(self._scale, tile.part).squeeze(-1)
+    def of_negatives(self, tile: Tile, largest: Tensor, count: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the largest and the mean similarity of each query's negatives, (rows,); without any -inf and 0.
+
+        largest: (rows,) their largest logits.  count: int64 (rows,) their number.
+        """
+        policy = self._without_reward(tile.forth, teacher)
+        if self.by_teacher:  # a copy
+            largest = policy.amax(dim=1)
+        to_finite = policy.nan_to_num_ if self.by_teacher else policy.nan_to_num
+        finite = to_finite(nan=torch.nan, posinf=torch.inf, neginf=0.0)
+        scale = self._of_rows(self._scale, tile.part).squeeze(-1)
+        return largest / scale, finite.sum(dim=1) / count.clamp(min=1) / scale
 
     def _distilled(
         self, part: slice, size: Size, forth: Tensor, mine: Tensor, teacher: Tensor

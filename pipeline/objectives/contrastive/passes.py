@@ -17,8 +17,9 @@ class Sums:
 
     rows: log-sum-exp of the negatives' logits of this rank's queries, (sizes, n).  columns: the same of all targets,
     over all ranks, (sizes, N); None if they have no loss.  divergences: of the teacher from each query, (sizes, n);
-    0 without distillation.  hardest: (n,) largest similarity of each query's negatives.  effective, share: (n,), how
-    the weight is spread over them.  masked: number of pairs of all ranks masked by content or margin.
+    0 without distillation.  hardest, mean: (n,) largest and mean similarity of each query's negatives.  effective,
+    share: (n,), how the weight is spread over them.  masked: int64 (2,) pairs of all ranks masked by content or margin,
+    and of these by the margin alone.
     cached: the first tiles, at all sizes.
     """
 
@@ -26,6 +27,7 @@ class Sums:
     columns: Tensor | None
     divergences: Tensor
     hardest: Tensor
+    mean: Tensor
     effective: Tensor
     share: Tensor
     masked: Tensor
@@ -61,10 +63,10 @@ def sums(matrix: Matrix, room: int) -> Sums:
     n, count, last = len(matrix.queries.vectors), len(matrix.sizes), len(matrix.sizes) - 1
     lowest = torch.finfo(matrix.tau.dtype).min
     rows, divergences = matrix.tau.new_empty(count, n), matrix.tau.new_zeros(count, n)
-    hardest, effective, share = matrix.tau.new_empty(3, n)
+    hardest, mean, effective, share = matrix.tau.new_empty(4, n)
     column_top = matrix.tau.new_full((count, matrix.count), lowest)
     columns = torch.zeros_like(column_top)
-    all_masked = torch.zeros((), dtype=torch.int64, device=rows.device)
+    all_masked = torch.zeros(2, dtype=torch.int64, device=rows.device)
     cached: list[list[Tile]] = []
     for start in range(0, n, matrix.height):
         found = matrix.band(start)
@@ -73,15 +75,16 @@ def sums(matrix: Matrix, room: int) -> Sums:
             # Like logsumexp, but the clamp avoids -inf minus -inf, which is NaN.
             top = tile.forth.amax(dim=1)
             if k == last:
-                hardest[part] = matrix.hardest(tile, top, found.teacher)
+                negatives = matrix.most_negatives[part] - found.masked[0]
+                hardest[part], mean[part] = matrix.of_negatives(tile, top, negatives, found.teacher)
             top.clamp_(min=lowest)
             weights = (tile.forth - top[:, None]).exp_()
             total = weights.sum(dim=1)
             rows[k, part] = total.log().add_(top)
             if k == last:
                 effective[part] = effective_number(weights, total)
-                share[part] = hardest_share(weights, total, matrix.most_negatives[part] - found.masked)
-                all_masked += found.masked.sum()
+                share[part] = hardest_share(weights, total, negatives)
+                all_masked += found.masked.sum(dim=1)
             del weights
             if divergence is not None:
                 divergences[k, part] = divergence
@@ -99,6 +102,7 @@ def sums(matrix: Matrix, room: int) -> Sums:
         columns=_over_ranks(matrix, columns, column_top, all_masked),
         divergences=divergences,
         hardest=hardest,
+        mean=mean,
         effective=effective,
         share=share,
         masked=all_masked,

@@ -7,9 +7,11 @@ Chunks with cached graphs need no second pass.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 
@@ -32,40 +34,58 @@ class ContrastiveResult(StepResult):
     """A step's result.
 
     loss: this rank's part.  settings: what the recipe changes or learns during a run: alpha, temperatures.
-    distills: whether the loss contains a teacher's distribution.
+    distills: whether the loss contains a teacher's distribution.  has_margin: whether a margin masks pairs.
     """
 
     loss: LossOutput
     settings: dict[str, float]
     distills: bool
+    has_margin: bool
 
-    def metrics(self, batch: Batch) -> tuple[dict, dict]:
+    def metrics(self, batch: Batch, datasets: Sequence[str]) -> tuple[dict, dict]:
+        """See `StepResult`. Means are over the valid queries that have a negative; `positive_similarity` over all.
+
+        precision: the fraction of these queries that are more similar to their target than to any negative.
+        """
         output = self.loss
-        valid = sent(torch.tensor(batch.valid), output.positive.device)
-        parts = (output.loss.detach(), output.contrastive, output.distillation, output.masked_pairs)
-        of_pairs = (output.positive, output.hardest_negative, output.effective_negatives, output.hardest_share)
-        rows = torch.stack([*of_pairs, valid, *(part.expand(len(valid)) for part in parts)], dim=1)
-        columns = all_gather_constant(rows).double().cpu().numpy().T
-        positive, hardest, effective, share, valid, loss, contrastive, distillation, masked_pairs = columns
-        compared = (valid == 1) & (hardest > -math.inf)  # pairs with a negative
-        positive, hardest, effective, share = (
-            positive[valid == 1],
-            hardest[compared],
-            effective[compared],
-            share[compared],
+        on_host = torch.tensor([batch.valid, [origin.dataset for origin in batch.origins]], dtype=torch.float32)
+        parts = [output.loss.detach(), output.contrastive, output.distillation]
+        parts += [output.masked_pairs, output.masked_by_margin]
+        of_pairs = [output.positive, output.hardest_negative, output.mean_negative]
+        of_pairs += [output.effective_negatives, output.hardest_share]
+        rows = torch.stack(
+            [*of_pairs, *sent(on_host, output.positive.device), *(part.expand(len(batch.valid)) for part in parts)],
+            dim=1,
         )
+        columns = all_gather_constant(rows).double().cpu().numpy().T
+        (valid, dataset), (loss, contrastive, distillation, masked, by_margin) = columns[5:7], columns[7:]
+        compared = (valid == 1) & (columns[1] > -math.inf)  # pairs with a negative
+        positive = columns[0][valid == 1]
+        right = columns[0] > columns[1]
+        _, hardest, mean_negative, effective, share = columns[:5, compared]
         metrics = {
             "loss": float(loss.mean()),
-            "positive_similarity": float(positive.mean()) if len(positive) else None,
-            "hardest_negative_similarity": float(hardest.mean()) if len(hardest) else None,
-            "effective_negatives": float(effective.mean()) if len(effective) else None,
-            "hardest_percent_weight": float(share.mean()) if len(share) else None,
-            "masked_pairs": float(masked_pairs[0]),  # the same on all ranks
+            "precision": _mean(right[compared]),
+            "positive_similarity": _mean(positive),
+            "hardest_negative_similarity": _mean(hardest),
+            "negative_similarity": _mean(mean_negative),
+            "effective_negatives": _mean(effective),
+            "hardest_percent_weight": _mean(share),
+            "masked_pairs": float(masked[0]),  # the same on all ranks
             "valid": int(valid.sum()),
         }
         if self.distills:
             metrics |= {"loss/contrastive": float(contrastive.mean()), "loss/distillation": float(distillation.mean())}
+        if self.has_margin:
+            metrics["masked_pairs/margin"] = float(by_margin[0])
+        if len(datasets) > 1:
+            of_datasets = {name: right[compared & (dataset == number)] for number, name in enumerate(datasets)}
+            metrics |= {f"precision/{name}": _mean(each) for name, each in of_datasets.items() if len(each)}
         return metrics | self.settings, {"positive": positive, "hardest_negative": hardest}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 class Contrastive(Objective):
@@ -112,14 +132,18 @@ class Contrastive(Objective):
             backward_chunks(engine, cached, graphs, recomputed, gradient, features)
         norm = optimizer_step(engine, lr)
         learned = self.temperature.learned()  # waits for the device, and so is not read before all work is queued
-        self.temperature.step(lr)
+        if math.isfinite(norm):
+            self.temperature.step(lr)
         return ContrastiveResult(
             grad_norm=norm,
             tokens=sum(len(item.input_ids) for item in items),
+            padded=sum(chunk.size for chunk in chunks),
             largest_chunk=max(chunk.size for chunk in chunks),
+            embeddings=embeddings.detach() if self._recipe.has_pictures(step + 1) else None,
             loss=output,
             settings=learned | ({"alpha": alpha} if self._objective.alpha_ramp else {}),
             distills=self._objective.distill is not None,
+            has_margin=self._objective.margin is not None or bool(self._objective.margins),
         )
 
     @classmethod

@@ -5,6 +5,7 @@ chunk's gradient does not depend on other chunks, and one pass is enough.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -36,7 +37,7 @@ class MaskedResult(StepResult):
     accuracy: float | None
     valid: int
 
-    def metrics(self, batch: Batch) -> tuple[dict, dict]:
+    def metrics(self, batch: Batch, datasets: Sequence[str]) -> tuple[dict, dict]:
         names = ("loss", "masked_tokens", "accuracy", "valid")
         return {name: getattr(self, name) for name in names}, {}
 
@@ -96,6 +97,7 @@ class MaskedNextToken(Objective):
         return MaskedResult(
             grad_norm=norm,
             tokens=sum(len(text.input_ids) for text in texts),
+            padded=sum(chunk.size for chunk in chunks),
             largest_chunk=max(chunk.size for chunk in chunks),
             logits=sum(len(text.places) for text in texts),
             loss=cost,

@@ -24,6 +24,7 @@ from pipeline.data.tiles import decode_image
 from pipeline.models.chunks import Packed
 from pipeline.models.family import SavedModelInterface, TrainingInterface
 from pipeline.models.loading import DTYPES, config_dict
+from pipeline.models.shown import View
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class BagOfWordsProcessor:
         words = re.findall(r"\w+", text.lower() if self.lower_case else text)
         words += [str(decode().resize((2, 2)).tobytes()) for decode in images]
         return Encoded(np.array([crc32(word.encode()) % self.rows for word in words or ["nothing"]], np.int32))
+
+    def shown(self, item: Encoded) -> View:
+        return View("")
 
 
 class BagOfWords(nn.Module):

@@ -1,0 +1,43 @@
+"""The gradient norm of each part of a model, from what the optimizer gets."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class PartNorms:
+    """Sums the squared gradients of each part at the optimizer's steps, on this rank, without waiting for the device.
+
+    optimizer: has parameter groups with a "part". DeepSpeed may call it several times in a step, with some of its
+        groups or pieces of them. Its gradients are already clipped, and the rank's partition only, so that of the
+        squares only the ratios are used.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parts: Sequence[str]) -> None:
+        self._squares: dict[str, Any] = dict.fromkeys(parts, 0.0)
+        optimizer.register_step_pre_hook(self._add)
+
+    def _add(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            if gradients := [p.grad for p in group["params"] if p.grad is not None]:
+                norm = torch.nn.utils.get_total_norm(gradients)
+                self._squares[group["part"]] = self._squares[group["part"]] + norm.float().square()
+
+    def take(self) -> dict[str, float]:
+        """Return the sum of each part since the last call, on this rank; zeros if the step was skipped."""
+        taken = {part: float(squares) for part, squares in self._squares.items()}
+        self._squares = dict.fromkeys(self._squares, 0.0)
+        return taken
+
+
+def norms(squares: Mapping[str, float], whole: float) -> dict[str, float]:
+    """Return each part's norm from the sums over ranks, and the norm of the whole gradient before clipping.
+
+    All gradients are clipped by one factor, and those of a part are partitioned or replicated like all others. So part
+    k's share of the squared norm is that of its sum. Empty for a model of one part, and for a step that was skipped.
+    """
+    total = sum(squares.values())
+    if not total or len(squares) == 1:
+        return {}
+    return {part: whole * (each / total) ** 0.5 for part, each in squares.items()}
