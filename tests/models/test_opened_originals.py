@@ -227,6 +227,12 @@ def test_leftovers_are_removed_before_space_is_required(cache, monkeypatch):
         converted_once("other", 101, Path.mkdir)
 
 
+def test_copy_that_is_ready_needs_no_space(cache, monkeypatch):
+    """Another process has finished it just before this one gets the lock."""
+    monkeypatch.setattr(home, "is_writable", lambda folder: not (folder / "model").mkdir(parents=True))
+    assert converted_once("model", 10**18, pytest.fail) == cache / "model"
+
+
 def test_copy_that_nfs_showed_late_stays(cache):
     """Its readers have opened it."""
 
