@@ -10,8 +10,13 @@ _SHOWN = 80  # characters
 # How torch and safetensors report a full disk; how torch, cuBLAS, cuDNN and NCCL report that memory is exhausted; how
 # gloo and NCCL report that another process has ended.
 _DISK_FULL = (
-    *("PytorchStreamWriter", "inline_container", "iostream error"),
-    *("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"),
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream error",
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "Read-only file system",
 )
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 _LOST_PEER = (

@@ -30,6 +30,7 @@ from pipeline.models.registry import saved, training_of
 from pipeline.training import checkpoint, manifest, resume
 from pipeline.training.engine import adapt, freeze
 from pipeline.training.export import write_adapters, write_folder
+from pipeline.training.initial import resolved
 
 _LEAST_COSINE = {"fp32": 0.99999, "bf16": 0.999}  # adapters are merged in the weights' precision
 
@@ -61,9 +62,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     recipe = recipe_of_run(run)
     family, saved_family = training_of(recipe), saved(recipe.model.family)
-    source = family.resolve(recipe.model.path, run / "init") if recipe.model.path else str(run / "init")
-    if Path(source).is_relative_to(run / "init"):  # a checkpoint has no frozen weights
-        manifest.check(Path(source))
+    if recipe.model.path:
+        source = resolved(recipe, run / "init")
+    else:
+        source = str(run / "init")
+        manifest.check(run / "init")  # a checkpoint has no frozen weights
     began_with = former.conditions(checkpoint.conditions_of(folder))
     for name, value in family.conditions(recipe.model).items():
         if name.endswith("fingerprint") and began_with.get(name) != value:

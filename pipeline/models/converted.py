@@ -21,9 +21,9 @@ _RANDOM = random.SystemRandom()  # drawing from the global generator would chang
 def converted_once(name: str, size: int, convert: Callable[[Path], None]) -> Path:
     """Return the folder `name` in the cache; `convert` writes it if it is not there yet.
 
-    size: about the bytes that it needs. A process that is killed leaves no folder of this name, and the next one starts
-    over. Where several processes want it, on one node or on several, one converts and the others wait for its lock: a
-    job's first rank, or each node's if nodes do not share the cache.
+    size: about the bytes of disk that the folder needs. A process that is killed leaves no folder of this name, and the
+    next one starts over. Where several processes want it, on one node or on several, one converts and the others wait
+    for its lock: a job's first rank, or each node's if nodes do not share the cache.
 
     Raises PipelineError if the cache cannot be written, if the disk is too small, or after six hours of waiting.
     """
@@ -36,13 +36,15 @@ def converted_once(name: str, size: int, convert: Callable[[Path], None]) -> Pat
             raise PipelineError(f"waited {_MOST_HOURS} hours for {target}: {waiting or 'no process converts it'}")
         busy = lock.in_use(str(cache))
         if not busy and waited >= others_first:
-            _require_space(cache, name, size)
+            if not home.is_writable(cache):
+                raise _unsuited(target, size, "cannot be written")
             try:
                 with lock.held([str(cache)]):
-                    _convert(target, convert)
+                    _convert(target, size, convert)
                 return target
             except lock.InUse as error:
                 busy = str(error)
+        busy = busy.removesuffix(lock.ADVICE)  # that process may be another job's, and convert another model
         if busy and not waiting and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"waiting for {target}: {busy}", file=sys.stderr)
         waiting = busy or waiting
@@ -50,14 +52,17 @@ def converted_once(name: str, size: int, convert: Callable[[Path], None]) -> Pat
     return target
 
 
-def _convert(target: Path, convert: Callable[[Path], None]) -> None:
+def _convert(target: Path, size: int, convert: Callable[[Path], None]) -> None:
     """Write the folder. This process holds the cache's lock, so what lies beside it is of killed processes."""
     remove_leftovers(target.parent)
     if target.exists():
         return  # another process was faster
-    print(f"converting once, to {target}; {home.CACHE} names another cache folder", file=sys.stderr)
-    with disk_errors(target), replacing(target) as partial:
-        convert(partial)
+    with disk_errors(target):
+        if (free := shutil.disk_usage(target.parent).free) < size:
+            raise _unsuited(target, size, f"has {free / 1e9:.1f} GB of free space")
+        print(f"converting once, to {target}; {home.CACHE} names another cache folder", file=sys.stderr)
+        with replacing(target, keep=True) as partial:  # NFS may not have shown a copy that is there
+            convert(partial)
 
 
 def _seconds_for_others() -> float:
@@ -67,14 +72,9 @@ def _seconds_for_others() -> float:
     return _RANDOM.uniform(5, 10) if os.environ.get("LOCAL_RANK", "0") == "0" else _RANDOM.uniform(20, 40)
 
 
-def _require_space(cache: Path, name: str, size: int) -> None:
-    """Raise PipelineError if the cache folder cannot be written, or has not enough space."""
-    remedy = f"set {home.CACHE} to a folder with {size / 1e9:.1f} GB of free space, which all nodes see"
-    why = f"{name} must be converted once, into {cache}"
-    if not home.is_writable(cache):
-        raise PipelineError(f"{why}, which cannot be written: {remedy}")
-    with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache).free
-    if free < size:
-        raise PipelineError(f"{why}, which has {free / 1e9:.1f} GB of free space: {remedy}")
+def _unsuited(target: Path, size: int, fault: str) -> PipelineError:
+    """The error for a cache folder in which a copy of `size` bytes cannot be written."""
+    return PipelineError(
+        f"{target.name} must be converted once, into {target.parent}, which {fault}: set {home.CACHE} to a folder with "
+        f"{size / 1e9:.1f} GB of free space, which all nodes see"
+    )

@@ -145,11 +145,6 @@ def _folder_of(path: str) -> Path:
             f"{path} is a checkpoint of training, without what it did not train: python -m pipeline.export {run} OUT "
             f"--step {step}; then name OUT"
         )
-    if (folder / "adapter_config.json").is_file():
-        raise PipelineError(
-            f"{path} holds adapters (LoRA). A mean of their factors A and B is not the mean of the products B A: merge "
-            "each into its base model, and name the results"
-        )
     if family := family_of(path):
         family.dimension(path)  # raises the family's own errors
         return family.folder(path)

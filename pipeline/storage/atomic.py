@@ -1,5 +1,6 @@
 """Replace a file or a folder as a whole: write it under a temporary name beside it, then rename it."""
 
+import errno
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(target: Path, *, durable: bool = True) -> Iterator[Path]:
+def replacing(target: Path, *, durable: bool = True, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path for a new file or folder, which becomes `target` when the block ends without an error.
 
     Readers see the old file or the whole new one. An existing folder is renamed before, and removed afterwards. After
@@ -17,6 +18,7 @@ def replacing(target: Path, *, durable: bool = True) -> Iterator[Path]:
     `remove_leftovers`.
 
     durable: flush the content and the new name to the disk. Otherwise a crash of the machine may leave an empty file.
+    keep: a folder that has appeared at `target` stays, and the new one is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     # The host's name, because processes on several nodes may write the same target.
@@ -26,9 +28,14 @@ def replacing(target: Path, *, durable: bool = True) -> Iterator[Path]:
         yield partial
         if durable:
             sync(partial)
-        if partial.is_dir() and os.path.lexists(target):
+        if partial.is_dir() and os.path.lexists(target) and not keep:
             target.rename(old)
-        partial.replace(target)
+        try:
+            partial.replace(target)
+        except OSError as error:  # only the rename itself is sure to see a folder that another node wrote to NFS
+            if not keep or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            remove(partial)
     except BaseException:
         if os.path.lexists(old) and not os.path.lexists(target):
             old.rename(target)

@@ -33,6 +33,8 @@ FOLDER = ".lock"
 BEAT_SECONDS = 20
 SILENCE_SECONDS = 120  # longer than a heartbeat and the time a network file system may show an old state
 _DEAD_SECONDS = 24 * 3600  # clocks do not differ by this much
+_ATTEMPTS = 10  # to write a lock file
+ADVICE = ": wait for it, or end it"  # how the message of a lock in use ends
 
 
 class InUse(PipelineError):
@@ -123,7 +125,7 @@ def _refuse_others(own: list[str]) -> None:
 
 
 def _in_use(locks: str, process: str) -> str:
-    return f"{locks.removesuffix(f'/{FOLDER}')} is in use by {process}: wait for it, or end it"
+    return f"{locks.removesuffix(f'/{FOLDER}')} is in use by {process}{ADVICE}"
 
 
 def _found(locks: str) -> Iterator[tuple[str, _Holder | None, str]]:
@@ -183,10 +185,13 @@ def _write(url: str) -> None:
     pid = os.getpid()
     holder = _Holder(socket.gethostname(), pid, _machine(), _born(pid), _job(), time.time())
     data = json.dumps(asdict(holder)).encode()
-    try:
-        objects.write(url, data)
-    except ObjectError:
-        objects.write(url, data)  # another process removed the empty folder just now
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return objects.write(url, data)
+        except ObjectError:
+            if "://" in url or attempt == _ATTEMPTS:
+                raise
+        time.sleep(0.01 * attempt)  # another process removed the empty folder just now, and more may do so
 
 
 def _remove(url: str) -> None:

@@ -24,17 +24,9 @@ def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -
     A random model gets a tokenizer trained on the data's texts. It is written again if the run begins `anew`.
     Raises manifest.Damaged if the files in `folder` are not as they were written.
     """
-    family = training_of(recipe)
     if recipe.model.path:
-        before = checkpoint.entries(folder)
-        path = Path(family.resolve(recipe.model.path, folder))
-        if path.parent != folder:
-            return str(path)
-        if path in before:
-            manifest.check(path)
-        else:
-            manifest.seal(path)
-        return str(path)
+        return resolved(recipe, folder)
+    family = training_of(recipe)
     if anew or not folder.exists():
         remove_leftovers(folder.parent, folder.name)
         with replacing(folder) as partial:
@@ -43,6 +35,23 @@ def initial_model(recipe: Recipe, source: Source, folder: Path, *, anew: bool) -
     else:
         manifest.check(folder)  # checkpoints lack frozen parameters
     return str(folder)
+
+
+def resolved(recipe: Recipe, folder: Path) -> str:
+    """Return the folder or hub name of model.path. A copy in `folder` is written and sealed once, or else checked.
+
+    Raises manifest.Damaged as `initial_model` does.
+    """
+    assert recipe.model.path
+    before = checkpoint.entries(folder)
+    path = Path(training_of(recipe).resolve(recipe.model.path, folder))
+    if path.parent != folder:
+        return str(path)
+    if path in before:
+        manifest.check(path)
+    else:
+        manifest.seal(path)
+    return str(path)
 
 
 def check_sizes(recipe: Recipe, path: str) -> None:

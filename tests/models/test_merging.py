@@ -457,7 +457,11 @@ def test_requests_that_cannot_be_met(models, tmp_path):
             {"out": tmp_path / "new"},
             "pipeline.export .* --step 40",
         ),
-        ([one, Part(str(tmp_path / "adapters"))], {"out": tmp_path / "new"}, "is not the mean of the products B A"),
+        (
+            [one, Part(str(tmp_path / "adapters"))],
+            {"out": tmp_path / "new"},
+            "adapters .LoRA.; merge them into .* --adapters",
+        ),
         ([one, two], {"out": Path(two.path), "overwrite": True}, "clip-2 holds .*clip-2, which is to be merged"),
         ([one, two], {"out": Path(two.path) / "new"}, "clip-2/new is inside .*clip-2, which is to be merged"),
     ]:

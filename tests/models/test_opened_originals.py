@@ -3,15 +3,17 @@
 import json
 import resource
 import shutil
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from limits import HANG_SECONDS
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline import home
 from pipeline.config import EvaluationRun
@@ -49,6 +51,11 @@ def copies(cache: Path) -> list[Path]:
 
 def written(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def begun(name: str, make) -> Future:
+    """Call `converted_once` in a thread."""
+    return ThreadPoolExecutor(1).submit(converted_once, name, 0, make)
 
 
 def items() -> list:
@@ -96,23 +103,42 @@ def test_dimension_and_items_need_no_weights(original, cache, tmp_path):
 def test_hub_name_and_its_snapshot_have_one_copy(original, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    repository = tmp_path / "hub/models--lab--LLaVE-tiny"
-    shutil.copytree(original, repository / "snapshots/0123456789abcdef0123")
+    repository, commit = tmp_path / "hub/models--lab--LLaVE-tiny", "0123456789" * 4
+    shutil.copytree(original, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0123456789abcdef0123")
+    (repository / "refs/main").write_text(commit)
     rows = Embedder.load("lab/LLaVE-tiny", CPU).embed(["a red star"])
-    assert [copy.name for copy in copies(cache)] == ["LLaVE-tiny-0123456789abcdef"]
-    (repository / "snapshots/0123456789abcdef0123/README.md").write_text("downloaded later")
+    assert [copy.name for copy in copies(cache)] == ["LLaVE-tiny-0123456789012345"]
+    (repository / "snapshots" / commit / "README.md").write_text("downloaded later")
     encoder = load_encoder("lab/LLaVE-tiny", EvaluationRun(), CPU)
     assert torch.equal(encoder.embed([encoder.prepare(Item("a red star"))]), rows)
     assert len(copies(cache)) == 1
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("a--b/run1/snapshots/checkpoint-000001000", "c/run1/snapshots/checkpoint-000001500"),
+        ("models--a--run1/snapshots/checkpoint-000001000", "models--b--run1/snapshots/checkpoint-000001500"),
+        (f"a/run1/snapshots/{0:040x}", f"b/run1/snapshots/{1:040x}"),
+    ],
+)
+def test_local_folders_like_those_of_the_hub_have_copies_of_their_own(original, cache, tmp_path, folders):
+    paths = [shutil.copytree(original, tmp_path / folder) for folder in folders]
+    one, two = (weights.opened(str(path)) for path in paths)
+    assert one != two
+    (paths[0] / "model.safetensors").touch()  # as if it were written again
+    assert weights.opened(str(paths[0])) not in (one, two)
+
+
 def test_merging_originals_merges_their_copies(original, cache, tmp_path):
     convert_original(original, tmp_path / "converted")
     other = shutil.copytree(original, tmp_path / "other")
+    tensors, name = load_file(original / "model.safetensors"), "model.norm.weight"
+    save_file(tensors | {name: tensors[name] + 1}, other / "model.safetensors", {"format": "pt"})
     merge([Part(str(original)), Part(str(other))], tmp_path / "merged")
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "converted"))
+    expected["language_model.norm.weight"] += 0.5
     assert found.keys() == expected.keys() and all(torch.allclose(found[name], expected[name]) for name in found)
     assert len(copies(cache)) == 2
 
@@ -150,18 +176,20 @@ def test_full_disk_leaves_nothing_in_the_cache(original, cache):
     assert len(copies(cache)) == 1
 
 
-def test_process_waits_for_another_that_converts(cache, monkeypatch, capsys):
+@pytest.mark.parametrize("seen", [True, False])
+def test_process_waits_for_another_that_converts(cache, monkeypatch, capsys, seen):
+    """seen: whether the other's lock is there when this process looks, or only when it has written its own."""
     monkeypatch.setattr(converted, "_POLL_SECONDS", 0.01)
-    found = []
-    waiting = threading.Thread(target=lambda: found.append(converted_once("model", 0, pytest.fail)))
+    if not seen:
+        monkeypatch.setattr(lock, "in_use", lambda folder: "")
     with lock.held([str(cache)]):
-        waiting.start()
-        waiting.join(0.5)
-        assert waiting.is_alive()
+        waiting = begun("model", pytest.fail)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.5)
         (cache / "model").mkdir()
-        waiting.join()
-    assert found == [cache / "model"]
-    assert f"waiting for {cache}/model: {cache} is in use by process" in capsys.readouterr().err
+        assert waiting.result(HANG_SECONDS) == cache / "model"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"waiting for {cache}/model: {cache} is in use by process") and "end it" not in line
     monkeypatch.setattr(converted, "_MOST_HOURS", 1e-5)
     with lock.held([str(cache)]), pytest.raises(PipelineError, match=r"waited .* for .*other: .* is in use by process"):
         converted_once("other", 0, pytest.fail)
@@ -177,20 +205,44 @@ def test_other_ranks_leave_the_conversion_to_the_first(rank, local, cache, monke
     monkeypatch.setattr(converted, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(converted, "_seconds_for_others", lambda: 0.3)
     made = []
-    waiting = threading.Thread(
-        target=converted_once, args=("model", 0, lambda folder: folder.mkdir() or made.append(1))
-    )
-    waiting.start()
-    waiting.join(0.1)
-    assert waiting.is_alive() and not cache.exists()
-    waiting.join()
-    assert made == [1] and (cache / "model").is_dir()
+    waiting = begun("model", lambda folder: folder.mkdir() or made.append(1))
+    with pytest.raises(TimeoutError):
+        waiting.result(0.1)
+    assert not cache.exists()
+    assert waiting.result(HANG_SECONDS).is_dir() and made == [1]
 
 
 def test_leftovers_of_killed_conversions_are_removed(original, cache):
     (cache / ".LLaVE-7B-0123.elsewhere-7.partial").mkdir(parents=True)
     Embedder.load(original, CPU)
     assert len(copies(cache)) == 1
+
+
+def test_leftovers_are_removed_before_space_is_required(cache, monkeypatch):
+    leftover = cache / ".LLaVE-7B-0123.elsewhere-7.partial"
+    leftover.mkdir(parents=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0 if leftover.exists() else 100))
+    assert converted_once("model", 100, Path.mkdir).is_dir()
+    with pytest.raises(PipelineError, match=r"other must be converted once, .* free space"):
+        converted_once("other", 101, Path.mkdir)
+
+
+def test_copy_that_is_ready_needs_no_space(cache, monkeypatch):
+    """Another process has finished it just before this one gets the lock."""
+    monkeypatch.setattr(home, "is_writable", lambda folder: not (folder / "model").mkdir(parents=True))
+    assert converted_once("model", 10**18, pytest.fail) == cache / "model"
+
+
+def test_copy_that_nfs_showed_late_stays(cache):
+    """Its readers have opened it."""
+
+    def convert(folder: Path) -> None:
+        for each in (folder, cache / "model"):
+            each.mkdir()
+            (each / "config.json").write_text(each.name)
+
+    copy = converted_once("model", 0, convert)
+    assert (copy / "config.json").read_text() == "model" and copies(cache) == [copy]
 
 
 def test_cache_folder_is_in_that_of_hugging_face_unless_named():

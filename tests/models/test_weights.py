@@ -29,6 +29,7 @@ from pipeline.models.llave.original import config_from, config_of, is_original
 from pipeline.models.llave.processor import LlaveProcessor
 from pipeline.models.llave.weights import convert_original, export_original, resolve
 from pipeline.models.registry import training
+from pipeline.storage import lock
 from pipeline.training.export import write_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -330,15 +331,22 @@ def test_resolve_converts_once_and_again_after_a_change(folders, tmp_path, tiny_
 def test_original_checkpoint_on_hub_is_converted_from_its_snapshot(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789" * 4
     names = {"lab/original": checkpoint(tmp_path / "source"), "lab/converted": folders["grid"]}
     for name, content in names.items():
         repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        shutil.copytree(content, repository / "snapshots/0123abc")
+        shutil.copytree(content, repository / "snapshots" / commit)
         (repository / "refs").mkdir()
-        (repository / "refs/main").write_text("0123abc")
+        (repository / "refs/main").write_text(commit)
     assert config_of(section("llave", path="lab/original")).mm_newline_position == "grid"
     converted = Path(resolve("lab/original", tmp_path / "cache"))
-    assert converted.name.startswith("original-") and same(stored(converted), stored(folders["grid"]))
+    assert converted.name == "original-0123456789012345" and same(stored(converted), stored(folders["grid"]))
+    snapshot = tmp_path / "hub/models--lab--original/snapshots" / commit
+    (snapshot / "README.md").write_text("downloaded later")
+    assert resolve("lab/original", tmp_path / "cache") == str(converted)
+    former = converted.rename(converted.with_name(f"original-{weights._stamp(snapshot)}"))
+    assert resolve("lab/original", tmp_path / "cache") == str(former)
+    assert list((tmp_path / "cache").iterdir()) == [former]
     assert resolve("lab/converted", tmp_path / "cache") == "lab/converted"
     assert training("llave").converts("lab/original") and not training("llave").converts("lab/converted")
     with pytest.raises(PipelineError, match="no model at 'lab/unknown'"):
@@ -406,6 +414,8 @@ def test_failed_or_concurrent_conversion_leaves_no_files(tmp_path, monkeypatch):
     assert list(store.iterdir()) == []
 
     def another_is_faster(source, folder):
+        with pytest.raises(lock.InUse):
+            resolve(str(source), store)
         convert_original(source, folder)
         shutil.copytree(folder, folder.with_name(re.sub(r"^\.|\.[^.]+\.partial$", "", folder.name)))
 

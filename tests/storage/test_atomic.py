@@ -40,6 +40,18 @@ def test_folder_is_restored_if_replacement_fails(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "folder/old").read_bytes() == b"old"
 
 
+def test_folder_that_has_appeared_is_kept(tmp_path: Path) -> None:
+    with atomic.replacing(tmp_path / "folder", keep=True) as partial:
+        for place in (partial, tmp_path / "folder"):
+            place.mkdir()
+            (place / "file").write_text(place.name)
+    assert (tmp_path / "folder/file").read_text() == "folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), atomic.replacing(tmp_path / "file", keep=True) as partial:
+        partial.mkdir()
+
+
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     for name in (".a.1.partial", ".b.22.partial", "a"):
         (tmp_path / name).write_bytes(b"")

@@ -95,6 +95,24 @@ def test_lock_excludes_second_holder_in_one_process(tmp_path):
         pass
 
 
+def test_processes_that_end_may_remove_the_lock_folder_several_times(tmp_path, monkeypatch):
+    mkdir, removed = Path.mkdir, []
+
+    def made_and_removed(folder, *args, **kwargs):
+        mkdir(folder, *args, **kwargs)
+        if folder.name == lock.FOLDER and len(removed) < 4:
+            folder.rmdir()
+            removed.append(folder)
+
+    monkeypatch.setattr(Path, "mkdir", made_and_removed)
+    with lock.held([str(tmp_path)]):
+        assert len(removed) == 4 and lock.in_use(str(tmp_path))
+    monkeypatch.setattr(lock, "_ATTEMPTS", 4)
+    removed.clear()
+    with pytest.raises(ObjectError, match="there is no such file"), lock.held([str(tmp_path)]):
+        pass
+
+
 def test_remote_lock_is_valid_while_its_heartbeat_continues(tmp_path, hurried):
     """Its clock does not matter; here it is an hour late."""
     folder, ended = str(tmp_path), threading.Event()

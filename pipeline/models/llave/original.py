@@ -23,7 +23,7 @@ from pipeline.models.files import fetched, read_json
 from pipeline.models.llave import checks
 from pipeline.models.llave.checks import load_config, text_of, with_own
 from pipeline.models.llave.config import LlaveSection
-from pipeline.models.llave.processor import MARKS, LlaveProcessor, mark_reading, require_marks
+from pipeline.models.llave.processor import MARKS, LlaveProcessor, mark_reading
 from pipeline.models.loading import IMAGES, checked, image_reading, reading
 
 # Options of the original: (LLaVE's value, the original's default if its config lacks the field or has null).
@@ -90,18 +90,8 @@ def load_processor(path: str, max_tokens: int, video_frames: int = 8, video_fps:
     source = fetched(path, weights=False)
     config, given = config_from(source), readings(source)
     tokenizer = marked_tokenizer(source, config)
-    require_marks(path, config, tokenizer)
-    return LlaveProcessor(
-        tokenizer,
-        checks.tiling(config),
-        config.image_token_id,
-        config.video_token_id,
-        max_tokens,
-        video_frames,
-        image_reading(None, given.get(IMAGES)) == "as_stored",
-        video_fps,
-        mark_reading(None, given.get(MARKS)) == "published",
-    )
+    read = image_reading(None, given.get(IMAGES)), mark_reading(None, given.get(MARKS))
+    return LlaveProcessor.assembled(path, config, tokenizer, read, max_tokens, video_frames, video_fps)
 
 
 def open_config(path: str) -> LlavaOnevisionConfig:

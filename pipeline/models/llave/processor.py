@@ -23,7 +23,7 @@ from pipeline.data.video import sample_frames
 from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.llave.checks import MEAN, STD, Pinpoints, load_config, sides_of, text_of, tiling
-from pipeline.models.loading import reads_as_stored
+from pipeline.models.loading import image_reading
 from pipeline.models.shown import View, shown_text, view
 
 # The published prompt. The assistant's turn is one newline; the last token, also a newline, is pooled.
@@ -86,11 +86,37 @@ class LlaveProcessor:
         """
         config = load_config(path, pinpoints, newline)
         tokenizer = loading.tokenizer(path, text_of(config).vocab_size)
-        require_marks(path, config, tokenizer)
         _require_image_processor(path, config)
-        ids = config.image_token_id, config.video_token_id
-        as_stored, published = reads_as_stored(path, images), mark_reading(path, marks) == "published"
-        return cls(tokenizer, tiling(config), *ids, max_tokens, video_frames, as_stored, video_fps, published)
+        readings = image_reading(path, images), mark_reading(path, marks)
+        return cls.assembled(path, config, tokenizer, readings, max_tokens, video_frames, video_fps)
+
+    @classmethod
+    def assembled(
+        cls,
+        path: str,
+        config: LlavaOnevisionConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        readings: tuple[str, str],
+        max_tokens: int,
+        video_frames: int,
+        video_fps: float | None,
+    ) -> "LlaveProcessor":
+        """Make it of a config and a tokenizer.  path: for messages.  readings: `image_reading` and `mark_reading`.
+
+        Raises PipelineError as `require_marks` does.
+        """
+        require_marks(path, config, tokenizer)
+        return cls(
+            tokenizer,
+            tiling(config),
+            config.image_token_id,
+            config.video_token_id,
+            max_tokens,
+            video_frames,
+            as_stored=readings[0] == "as_stored",
+            video_fps=video_fps,
+            published=readings[1] == "published",
+        )
 
     @property
     def protocols(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ One file is in memory at a time, and only tensors are unpickled. original.py des
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from pipeline.models.llave.original import (
 from pipeline.models.llave.processor import MARKS
 from pipeline.models.loading import IMAGES, reading
 from pipeline.progress import progress_bar
+from pipeline.storage import lock
 from pipeline.storage.atomic import remove_leftovers, replacing
 
 # Prefixes of the original's tensor names, and those that transformers saves. The first match applies.
@@ -50,17 +52,20 @@ _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def resolve(path: str, cache: Path) -> str:
     """Return a folder or hub name for `Llave.load`: `path`, or the folder in `cache` with the converted original.
 
-    An original is converted once, and again if the size or time of one of its files changes. One process at a time may
-    call this.
+    An original is converted once, and again if the size or time of one of its files changes, or the hub's commit.
+    Raises InUse while another process converts.
     """
     if not is_original(path):
         return path
     source = fetched(path)
-    converted = cache / f"{Path(path).resolve().name}-{_stamp(source)}"
+    former = cache / f"{Path(path).resolve().name}-{_stamp(source)}"  # of a snapshot's copy, in runs that have one
+    converted = former if former.exists() else cache / _copy_name(source)
     if not converted.exists():
-        remove_leftovers(cache)
-        with replacing(converted, durable=False) as partial:
-            convert_original(source, partial)
+        with lock.held([str(cache)]):
+            remove_leftovers(cache)
+            if not converted.exists():
+                with replacing(converted, durable=False, keep=True) as partial:
+                    convert_original(source, partial)
     return str(converted)
 
 
@@ -79,8 +84,14 @@ def opened(path: str) -> Path:
 def _copy_name(source: Path) -> str:
     """Return the name of a copy's folder in the cache: it has the hub's commit, or else the stamp."""
     source = source.resolve()
-    if source.parent.name == "snapshots":  # .../models--OWNER--NAME/snapshots/COMMIT, to which files may be added later
-        return f"{source.parent.parent.name.rpartition('--')[2]}-{source.name[:16]}"
+    repository = source.parent.parent.name
+    # .../models--OWNER--NAME/snapshots/COMMIT, to which files may be added later. Other folders' files may change.
+    if (
+        source.parent.name == "snapshots"
+        and repository.startswith("models--")
+        and re.fullmatch("[0-9a-f]{40}", source.name)
+    ):
+        return f"{repository.rpartition('--')[2]}-{source.name[:16]}"
     return f"{source.name}-{_stamp(source)}"
 
 
