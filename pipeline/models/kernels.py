@@ -207,4 +207,5 @@ def _largest_difference(device: torch.device) -> float:
     found += (rotate(gate.view(towers.shape), wide_cos, wide_sin, False),)
     gelu = F.gelu(x.float() + bias.float(), approximate="tanh")
     pairs = zip(found, (*expected, product, rotated, norm, total, gelu, of_towers, turned), strict=True)
-    return max(float((mine.float() - right.detach()).abs().max()) for mine, right in pairs)
+    # NaN if any of them is: Python's `max` would pass over it.
+    return float(torch.stack([(mine.float() - right.detach()).abs().max() for mine, right in pairs]).max())

@@ -102,10 +102,12 @@ ALL = (
 )
 ALONE = FEW[::2]  # there is no other rank: only the chunking of the batch differs
 SHAPED = (Case("mixed", 200, 2),)
-KEPT = tuple(Case("mixed", 200, kept) for kept in (1, 0, 1000))
-OTHERS = (  # of other models, beside ALL: KEPT of each, all of the last; the first is also beside FEW and ALONE
-    *KEPT,
+OF_EACH = (  # of each other model, beside ALL; the first is also beside FEW and ALONE
+    *(Case("mixed", 200, kept) for kept in (1, 0, 1000)),
     Case("mixed", 200, 2, (*FROZEN, "model.train.lora.rank=4")),
+)
+OTHERS = (  # of the last other model
+    *OF_EACH,
     Case("images", 200, 1000, (*FROZEN, CHECKPOINTING)),
 )
 OFFLOADED = (
@@ -465,7 +467,7 @@ def main() -> None:
     pairs = [(first, case) for case in cases]
     of_others = cases if cases is SHAPED else OTHERS if cases is ALL else OTHERS[:1]
     pairs += [
-        (model, case) for model in others for case in of_others if model == others[-1] or case in (*KEPT, *SHAPED)
+        (model, case) for model in others for case in of_others if model == others[-1] or case in (*OF_EACH, *SHAPED)
     ]
     kept = computed_once((reference_of(*pair) for pair in pairs), lambda key: expected(*key), Path(references))
     results = [compare(model, stage, case, kept[reference_of(model, case)]) for model, case in pairs]

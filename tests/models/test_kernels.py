@@ -198,7 +198,11 @@ def test_kernels_compile_for_gpus_with_wide_loads_and_rounding(capability, tmp_p
 
 @pytest.mark.parametrize(
     ("largest", "reason"),
-    [(RuntimeError("Failed to find C compiler.\nSet CC"), "RuntimeError: Failed to find C compiler."), (0.5, "0.5")],
+    [
+        (RuntimeError("Failed to find C compiler.\nSet CC"), "RuntimeError: Failed to find C compiler."),
+        (0.5, "0.5"),
+        (float("nan"), "nan"),
+    ],
 )
 def test_callers_run_without_kernels_that_fail_or_are_wrong(largest, reason, monkeypatch, caplog):
     def difference(device: torch.device) -> float:

@@ -567,6 +567,8 @@ def test_long_texts_are_cut_and_images_that_do_not_fit_are_refused(folders):
         whole.encode(Item("<image>\nx", (png(300, 1),)))
     with pytest.raises(BadSample, match="which stand for parts of images"):
         whole.encode(Item("a <|image_pad|>"))
+    with pytest.raises(BadSample, match="which stand for parts of images"):
+        whole.encode(Item("a", instruction="Find <|video_pad|>"))
     with pytest.raises(BadSample, match="2 <image> marks in the text, 1 images"):
         whole.encode(Item("<image> <image>", (png(8, 8),)))
 

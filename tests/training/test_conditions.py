@@ -56,6 +56,15 @@ def test_run_without_image_condition_resumes_only_as_stored(tmp_path, conditions
     assert "model.images" not in conditions_of(MASKED)
 
 
+def test_run_without_prompt_condition_resumes_only_with_chat(tmp_path):
+    qwen = DEMO.with_name("demo_qwen.yaml")
+    chat = conditions_of(qwen)
+    before = begun(tmp_path, {name: value for name, value in chat.items() if name != "model.prompt"})
+    conditions_module.check(before, chat)
+    with pytest.raises(PipelineError, match=r"model\.prompt was chat and is now vlm2vec. Restore it"):
+        conditions_module.check(before, conditions_of(qwen, "model.prompt=vlm2vec"))
+
+
 @pytest.mark.parametrize(
     ("config", "read"),
     [

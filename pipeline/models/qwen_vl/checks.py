@@ -90,8 +90,8 @@ class Settings:
         )
 
 
-def was_trained(config: PreTrainedConfig) -> bool:
-    """Whether a config has the settings of a training with this project. A published model's has at most its prompt."""
+def stores_instruction(config: PreTrainedConfig) -> bool:
+    """Whether this project wrote the config, with all settings. A published model's has at most its prompt."""
     return "instruction" in (getattr(config, SETTINGS, None) or {})
 
 

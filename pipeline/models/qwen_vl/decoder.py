@@ -23,7 +23,7 @@ def pack_decoder(model: Any) -> None:
 def pooled_states(
     model: Any, embeds: Tensor, positions: Tensor, segments: Segments, images: Tensor | None, deep: Sequence[Tensor]
 ) -> Tensor:
-    """Return (N, hidden) for N packed items: the last hidden states of their last tokens, which are text.
+    """Return (N, hidden) for N packed items: the last hidden states of their last tokens.
 
     embeds: (T, hidden).  positions: (1, T), or (3, 1, T) with axes of time, row and column.
     images: (P,) int64 places of the images' tokens.  deep: for each of the first layers (P, hidden), which is added to
@@ -33,7 +33,7 @@ def pooled_states(
     angles = model.rotary_emb(embeds[None], positions.expand(3, 1, -1))
     for number, layer in enumerate(model.layers):
         hidden = layer(hidden, position_embeddings=angles, segments=segments)
-        # The last layer's output has only the pooled tokens.
+        # The last layer's output has only the pooled tokens, which are text unless the prompt ends with the item.
         if images is not None and number < min(len(deep), len(model.layers) - 1):
             residual, branch = hidden if isinstance(hidden, tuple) else (None, hidden)
             branch = branch.index_add(1, images, deep[number][None])

@@ -21,7 +21,7 @@ _LONGEST = 200  # the largest aspect ratio, as in transformers
 # Those of a pair are also the limits of Qwen2-VL's and Qwen2.5-VL's video processor, which has none of all.
 _LEAST, _MOST, _ALL = 128, 768, 7680
 _STAMP = 11  # the tokens of a pair's timestamp, with the marks before and after its patches; about, of other tokenizers
-_MARKS = 2  # before and after the patches of a video without timestamps
+MARKS = 2  # before and after the patches of an image, or of a video without timestamps
 _PROMPT = 64  # tokens that a video leaves at least to the prompt
 
 
@@ -59,7 +59,7 @@ class Patches:
         if not self._possible(*self.first(height, width)):
             return 0
         rows, columns = self.grid(height, width)
-        return rows * columns // self.merge**2 + 2
+        return rows * columns // self.merge**2 + MARKS
 
     def video_tokens(self, frames: int) -> int:
         """Return about the most tokens of a video of so many frames. The index does not tell how large they are.
@@ -67,7 +67,7 @@ class Patches:
         A frame much longer than wide may have more: it has at least one token across, and keeps its aspect ratio.
         """
         pairs, most = math.ceil(frames / 2), self._frame_limits(frames)[1]
-        return pairs * (most + _STAMP) if self.stamped else pairs * most + _MARKS
+        return pairs * (most + _STAMP) if self.stamped else pairs * most + MARKS
 
     def fits(self, frames: int) -> bool:
         """Whether so many frames of a video have two tokens or more, the least that can be resized to."""
@@ -115,7 +115,7 @@ class Patches:
         if self.stamped:
             most = min(_ALL // pairs, self.max_video_tokens // pairs - _STAMP)
         else:
-            most = (self.max_video_tokens - _MARKS) // pairs
+            most = (self.max_video_tokens - MARKS) // pairs
         most = max(min(_MOST, most), 0)
         return min(_LEAST, most // 2), most
 

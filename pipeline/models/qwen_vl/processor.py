@@ -42,8 +42,8 @@ class QwenVLProcessor:
 
     positions_per_second: of a video; None: each two frames have one.  instruction: the system's turn, "" if the prompt
     has none.  as_stored: see `rgb`.  bare_images: whether an image or video without a text stays without one in
-    `Embedder`, as in the code of published models. Models trained with this project learned from instructions in the
-    texts.
+    `Embedder`, as in the code of Qwen3-VL-Embedding and GME. Models trained with this project learned from instructions
+    in the texts.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class QwenVLProcessor:
             reads_as_stored(path, images),
             video_fps,
             prompt,
-            prompt.instruction is not None and not checks.was_trained(config),
+            prompt.instruction is not None and not checks.stores_instruction(config),
         )
 
     @property
@@ -129,13 +129,13 @@ class QwenVLProcessor:
         if instruction := instruction.strip():
             if not self.system_turn:
                 raise BadSample("an instruction apart from the text, for which the prompt has no turn")
-            if self.prompt is PROMPTS[CHAT] and not category(instruction[-1]).startswith("P"):
+            if self.prompt == PROMPTS[CHAT] and not category(instruction[-1]).startswith("P"):
                 instruction += "."
         pieces = marks_in.split(self.prompt.prefix.format(instruction or self.instruction) + text)
         for mark, name, count in ((IMAGE_MARK, "images", len(images)), (VIDEO_MARK, "videos", int(frames is not None))):
             if (marks := pieces.count(mark)) != count:
                 raise BadSample(f"{marks} {mark} marks in the text, {count} {name}")
-        if IMAGE_PAD in text or VIDEO_PAD in text:
+        if any(pad in given for pad in (IMAGE_PAD, VIDEO_PAD) for given in (text, instruction)):
             raise BadSample(f"a text with {IMAGE_PAD} or {VIDEO_PAD}, which stand for parts of images")
         parts, encoded, pictures = list[str | _Placed](), list[Image](), (decode() for decode in images)
         for piece in pieces:

@@ -14,7 +14,7 @@ All of them pool the last token's last hidden state, after the final norm, and n
 import math
 from dataclasses import dataclass
 
-from pipeline.models.qwen_vl.patches import Patches
+from pipeline.models.qwen_vl.patches import MARKS, Patches
 
 PREFIX = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
@@ -47,7 +47,7 @@ class Vlm2VecPatches(Patches):
 
     def tokens(self, height: int, width: int, *, anyres: bool) -> int:
         """Count the tokens of an image of this size, without marks around it."""
-        return max(super().tokens(height, width, anyres=anyres) - 2, 0)
+        return max(super().tokens(height, width, anyres=anyres) - MARKS, 0)
 
 
 @dataclass(frozen=True)
