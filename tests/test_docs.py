@@ -1,7 +1,7 @@
 """The documents as a site: it builds strictly, its links lead somewhere, its commands are valid, and its blocks run.
 
 A block in ```python or ```bash runs, in the order of its page. Other commands, which need a GPU, a cluster or
-downloads, are indented; their recipes and options are checked.
+downloads, are indented; their recipes and fields (`key=value`) are checked, their flags (`--gpus`) are not.
 """
 
 import json
@@ -94,12 +94,15 @@ def test_names_of_functions_exist(document):
             assert re.search(rf"(def|class) {part}\b|^{part}\b", text, re.MULTILINE), f"{document.name}: {file}::{name}"
 
 
-def test_recipes_and_options_of_commands_are_valid():
+def test_recipes_and_fields_of_commands_are_valid():
     """Their fields exist and have values of the right type. No file but the recipe is read."""
     text = "\n".join(path.read_text() for path in (*PAGES, ROOT / "README.md")).replace("\\\n", " ")
-    checked = 0
-    for program, rest in re.findall(r"^(?:    |)\S.*?\b(pipeline\.\w+|tools/\w+\.py) (.*)$", text, re.MULTILINE):
+    programs = r"pipeline\.\w+|tools/\w+\.py|slurm/train_\w+\.sh"
+    checked = jobs = 0
+    for program, rest in re.findall(rf"^(?:    |)\S.*?({programs})(?: (.*))?$", text, re.MULTILINE):
         words = [] if "`" in rest or "|" in rest else shlex.split(rest, comments=True)
+        if program.startswith("slurm/") and (recipe := _recipe_of(ROOT / program)):
+            words, jobs = [recipe, *words], jobs + 1
         if words and program in ("pipeline.evaluate", "pipeline.mine"):
             parse_options(EvaluationRun if program == "pipeline.evaluate" else MiningRun, words[2:])
         elif words and words[0].endswith(".yaml"):
@@ -107,7 +110,12 @@ def test_recipes_and_options_of_commands_are_valid():
         else:
             continue
         checked += 1
-    assert checked > 20
+    assert checked > 20 and jobs > 2
+
+
+def _recipe_of(job: Path) -> str:
+    """Return the recipe that a job script trains, or "" if it submits several."""
+    return "".join(re.findall(r"^RECIPE=(?:\$\{RECIPE:-)?([\w./]+\.yaml)\}?$", job.read_text(), re.MULTILINE))
 
 
 def blocks(document: str) -> list[tuple[str, str]]:

@@ -113,8 +113,9 @@ class Embedder:
         An item is a text, a picture, the `Path` of an image or video file (recognised by its content), or a dict of
         `Parts`. `<image>` and `<video>` mark the places of images and video in a text; without marks they come first.
         Images or a video without a text get MMEB's instruction, "Represent the given image.", if the model was trained
-        with instructions in texts. Qwen3-VL-Embedding, GME and others not trained with this project stay with images
-        alone. LLM2CLIP and CLIP were trained without; for them an item is either a text or pictures.
+        with instructions in texts, as VLM2Vec was. For Qwen3-VL-Embedding, GME and other Qwen-VLs with a system's turn
+        that were not trained with this project, they stay alone. LLM2CLIP and CLIP were trained without instructions;
+        for them an item is either a text or pictures.
 
         Raises `PipelineError` with the item's number, from 0, if the item cannot be used or its vector is not a unit
         vector (for example, with NaN in the weights), and for a size that is not from 1 to the model's dimension. In a

@@ -54,14 +54,14 @@ class QwenVLSection(ModelSection):
     min_pixels: Annotated[int | None, Fixed()] = Field(
         None,
         gt=0,
-        description="images are enlarged to this many pixels; default: what an export's config records, or else "
-        "the prompt's (chat: 4 tokens); preprocessor_config.json is not read",
+        description="images are enlarged to this many pixels; default: what an export's config records, or GME's, or "
+        "else the prompt's (chat: 4 tokens); the sizes in preprocessor_config.json are not used",
     )
     max_pixels: Annotated[int | None, Fixed()] = Field(
         None,
         gt=0,
-        description="images are reduced to this many; default: what an export's config records, or else the prompt's "
-        "(chat: 1,800 tokens); preprocessor_config.json is not read",
+        description="images are reduced to this many; default: what an export's config records, or GME's, or else the "
+        "prompt's (chat: 1,800 tokens); the sizes in preprocessor_config.json are not used",
     )
     images: Literal["upright", "as_stored"] | None = Field(
         None,
