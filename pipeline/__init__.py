@@ -56,9 +56,12 @@ def _is_program() -> bool:
     Programs start as `python -m pipeline.NAME`, as `pipeline-NAME`, or as `python tools/NAME.py`.
     """
     _, module, name = " ".join(sys.orig_argv).partition(" -m ")
-    script = Path("".join(sys.argv[:1]))
     if module:
         return name.startswith("pipeline.")
+    given = "".join(sys.argv[:1])
+    if given not in sys.orig_argv:
+        return False  # a worker that multiprocessing spawned has its parent's sys.argv, and never runs `command_line`
+    script = Path(given)
     return (
         script.name.startswith("pipeline-") or script.resolve().parent == Path(__file__).resolve().parents[1] / "tools"
     )

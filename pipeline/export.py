@@ -79,7 +79,7 @@ def main() -> None:
     shutil.rmtree(unverified, ignore_errors=True)
     if arguments.adapters:
         write_adapters(model, recipe, source, unverified)
-        _check_adapters(model, family.unmerged(source), unverified)
+        _check_adapters(model, family.adapter_prefix(recipe, source), unverified)
         unverified.rename(out)
         print(f"{out}: adapters of {folder.name} of {run}; with their base model, the checkpoint's weights")
         return

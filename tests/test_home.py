@@ -108,6 +108,25 @@ def test_program_enables_the_garbage_collector_after_its_imports(monkeypatch):
     assert enabled == [True]
 
 
+def test_spawned_workers_of_a_program_collect_garbage(tmp_path):
+    """They import the program's script, with its sys.argv."""
+    script = tmp_path / "pipeline-probe"
+    script.write_text(
+        "import gc\n"
+        "from pipeline.convert.workers import workers\n"
+        "from pipeline.jobs.program import command_line\n"
+        "at_import = gc.isenabled()\n"
+        "def enabled():\n"
+        "    return gc.isenabled()\n"
+        "if __name__ == '__main__':\n"
+        "    with workers(2, [enabled]) as (_, run):\n"
+        "        command_line(lambda: print(at_import, enabled(), run(0)))()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "False True True\n"
+
+
 def test_package_import_has_no_side_effects_and_loads_no_torch(no_home):
     code = (
         "import gc, os, signal, sys\n"

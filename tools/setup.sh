@@ -2,8 +2,10 @@
 # shellcheck shell=bash
 # Expects to run in the repository's root.
 
+# --no-compile: leave it to Python to compile packages at their first import. Most modules are never imported; but where
+# .venv belongs to another user or is mounted read-only, each process would compile torch again.
 setup_environment() {
-    local wanted python compile=--no-compile
+    local wanted python compile=${1:---compile}
     wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | sha256sum)
     if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
         command -v c++ >/dev/null || setup_failed "a C++ compiler is missing: apt-get install g++"
@@ -17,8 +19,6 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
         echo "Setting up .venv with $("$python" --version): a few minutes, once."
         "$python" -m venv .venv  # keeps what an earlier .venv holds
         # PyPI has DeepSpeed only as source; older versions of pip need `wheel` to build it.
-        # Most modules are never imported. Python compiles the others at their first import, if it may write files.
-        [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
         .venv/bin/pip install -q --disable-pip-version-check "$compile" setuptools wheel
         .venv/bin/pip install -q --disable-pip-version-check "$compile" -c constraints.txt \
             -r requirements.txt -r requirements-dev.txt

@@ -12,6 +12,7 @@ import numpy as np
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 MMEB_IMAGE_MARK = "<|image_1|>"  # the mark in MMEB's rows
+MEDIA_INSTRUCTION = "Represent the given {}."  # MMEB's, for images or a video without a text
 
 LARGEST_NUMBER = 1e6  # the largest weight or absolute score of a candidate: the loss computes in float32
 

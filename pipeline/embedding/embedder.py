@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image as Picture
 
 from pipeline.data.batch import Encoded
-from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
+from pipeline.data.sample import IMAGE_MARK, IMAGE_SUFFIXES, MEDIA_INSTRUCTION, VIDEO_MARK, VIDEO_SUFFIXES, BadSample
 from pipeline.data.tiles import decode_image, image_format, rgb
 from pipeline.data.video import sample_frames, video_format
 from pipeline.device import configure_device
@@ -210,7 +210,7 @@ class _Item:
         text = self.text if self.text.strip() else ""
         if not text and not bare:
             given = ["image" if len(self.images) == 1 else "images"] * bool(self.images) + ["video"] * bool(self.video)
-            text = f"Represent the given {' and '.join(given)}."
+            text = MEDIA_INSTRUCTION.format(" and ".join(given))
         marks = [IMAGE_MARK] * len(self.images) if IMAGE_MARK not in text else []
         marks += [VIDEO_MARK] if self.video and VIDEO_MARK not in text else []
         return "\n".join([*marks, text] if text else marks)

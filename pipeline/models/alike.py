@@ -12,8 +12,8 @@ from transformers.image_processing_backends import PilBackend
 
 from pipeline.errors import PipelineError, shown
 from pipeline.models import loading
-from pipeline.models.files import SENTENCE_SETTINGS, SETTINGS, read_json
-from pipeline.models.sentence_transformers import MODULES, describes
+from pipeline.models.files import SETTINGS, read_json
+from pipeline.models.sentence_transformers import MODULES, PROMPTS, READING, describes
 from pipeline.storage.documents import unique
 
 # Fields in which models that are alike may differ: versions, places, how weights are stored and how they began.
@@ -75,7 +75,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
         where = "" if place == folder else f"{place.relative_to(folder)}/"
         for name, values in _documents(place):
             free = () if name in _TOKENIZER else _FREE  # a token can have any name
-            if not (place in unread and name in (MODULES, *SENTENCE_SETTINGS[:2])):
+            if not (place in unread and name in (MODULES, PROMPTS, READING)):
                 found |= {f"{where}{name}: {field}": value for field, value in _flat(values, free)}
     return found
 

@@ -142,7 +142,7 @@ class TrainingInterface(ABC, Generic[S]):
     def save(self, recipe: Recipe, model: "nn.Module", weights: "Tensors", source: str, folder: Path) -> None:
         """Write an export: `weights` with the tokenizer and image processor of `source`, and a model card."""
 
-    def unmerged(self, source: str) -> str:
+    def adapter_prefix(self, recipe: Recipe, source: str) -> str:
         """Return the prefix of the model's parameters' names that the names in transformers' model lack.
 
         source: the model that adapters were trained on.  Raises PipelineError if adapters with transformers' model

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError, first_few
+from pipeline.models.sentence_transformers import MODULES, PROMPTS, READING
 from pipeline.storage.documents import unique
 
 # Configs, tokenizers and processors: the files besides the weights that a model's embeddings depend on.
 SETTINGS = (".json", ".txt", ".model", ".jinja")
 
-# What sentence-transformers reads beside modules.json and the modules' folders.
-SENTENCE_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json", "tokenizer_config.json")
+ADAPTERS = "adapter_model.safetensors"  # peft's weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -274,8 +274,8 @@ def fingerprint(path: str | None, *, modules: bool = False) -> str | None:
         return None
     digest = hashlib.sha256()
     files = [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]
-    if modules and (folder / "modules.json").is_file():
-        files += [folder / name for name in ("modules.json", *SENTENCE_SETTINGS)]
+    if modules and (folder / MODULES).is_file():
+        files += [folder / name for name in (MODULES, PROMPTS, READING, "tokenizer_config.json")]
         files += [file for ending in ("json", "safetensors") for file in folder.glob(f"*/*.{ending}")]
     for file in sorted(files):
         if file.is_file():

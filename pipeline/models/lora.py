@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.config import Lora
 from pipeline.errors import PipelineError
+from pipeline.models.files import ADAPTERS
 from pipeline.models.lean import SharingLinear, shared
 
-ADAPTERS = "adapter_model.safetensors"
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 

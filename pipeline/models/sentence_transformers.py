@@ -14,7 +14,9 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal, get_args
 
-MODULES = "modules.json"
+from pipeline.data.sample import MEDIA_INSTRUCTION
+
+MODULES, READING, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 TEXT_ENCODER = "text_encoder"  # the field of config.json that marks a text encoder of this project
 # Before version 5.4, sentence-transformers stored a flag for each pooling mode.
 FLAGS = {
@@ -51,7 +53,7 @@ _CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- endfor -%}
 {%- if item.images and not item.text.strip() -%}
-{%- set item.text = "Represent the given image" + ("s." if item.images > 1 else ".") -%}
+{%- set item.text = $of_images if item.images > 1 else $of_image -%}
 {%- endif -%}
 {{- $before + item.instruction + $after -}}
 {{- $image * item.images + (item.text.lstrip() if item.images and $strips else item.text) + $suffix -}}
@@ -92,12 +94,12 @@ def write(
         for number, (name, place) in enumerate(modules)
     ]
     _write(folder / MODULES, listed)
-    _write(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction"} | transformer)
+    _write(folder / READING, {"transformer_task": "feature-extraction"} | transformer)
     named: dict[str, Any] = {"prompts": dict.fromkeys(("query", "document"), prompt)}
     if prompt:
         named["default_prompt_name"] = "document"
     _write(
-        folder / "config_sentence_transformers.json",
+        folder / PROMPTS,
         {"model_type": "SentenceTransformer", **named, "similarity_fn_name": "cosine"},
     )
 
@@ -139,6 +141,7 @@ def chat_template(prefix: str, suffix: str, instruction: str = "", image: str = 
     """
     before, system, after = prefix.partition("{}")
     values = {"instruction": instruction, "before": before, "after": after, "image": image, "suffix": suffix}
+    values |= {f"of_{images}": MEDIA_INSTRUCTION.format(images) for images in ("image", "images")}
     # Jinja's literals are Python's. Characters beyond ASCII stay as they are.
     literals = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     flags = {"has_system": bool(system), "has_images": bool(image), "strips": strips}

@@ -1,5 +1,6 @@
 """Write a trained model as a Hugging Face folder that transformers loads without this package."""
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,8 @@ from pipeline.models.folder import note_sizes
 from pipeline.models.lora import is_adapter, merge_adapters, save_adapters
 from pipeline.models.registry import training_of
 from pipeline.storage.atomic import remove_leftovers, replacing
+
+logger = logging.getLogger(__name__)
 
 
 def export(engine: deepspeed.DeepSpeedEngine, frozen: Frozen | None, recipe: Recipe, source: str, folder: Path) -> None:
@@ -56,15 +59,22 @@ def write_adapters(model: torch.nn.Module, recipe: Recipe, source: str, folder: 
     lora, family = recipe.model.train.adapters, training_of(recipe)
     if lora is None:
         raise PipelineError("--adapters: this run trained no adapters: export without --adapters")
-    prefix = family.unmerged(source)
+    prefix = family.adapter_prefix(recipe, source)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if more := next((name for name in weights if not is_adapter(name)), None):
         raise PipelineError(
             f"--adapters: this run also trained {more}, of the base model: export without --adapters, or train with "
             "all but model.train.language_model set to false"
         )
-    given = recipe.model.path
-    base = given if given and not family.converts(given) else source
+    base = recipe.model.path or source
+    if family.converts(base):
+        logger.warning(
+            "the adapters' base model is the converted copy of %s in the run, %s: keep it there. To publish adapters, "
+            "convert the original with tools/convert_weights.py first, and train on that folder",
+            base,
+            source,
+        )
+        base = source
     remove_leftovers(folder.parent, folder.name)
     with replacing(folder) as partial:
         family.save(recipe, model, {}, source, partial)

@@ -129,6 +129,9 @@ def test_adapters_merge_as_in_peft(tmp_path):
     for changes, said in (
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"bias": "all"}, "bias='all' in its adapter_config.json is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' in its adapter_config.json is not"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' in its adapter_config.json is not supported"),
+        ({"lora_alpha": None}, "lora_alpha=None in its adapter_config.json is no number"),
         ({"base_model_name_or_path": str(tmp_path / "none")}, "no model at"),
     ):
         values = json.loads((renamed / "adapter_config.json").read_text())

@@ -27,10 +27,11 @@ from pipeline.errors import PipelineError
 from pipeline.export import _check_adapters
 from pipeline.models.clip import model as clip
 from pipeline.models.clip.config import ClipArchitecture
+from pipeline.models.files import ADAPTERS
+from pipeline.models.llave import weights
 from pipeline.models.llave.folder import save_folder as save_llave
 from pipeline.models.llave.model import Llave
 from pipeline.models.llm2clip import model as llm2clip
-from pipeline.models.lora import ADAPTERS
 from pipeline.models.qwen_vl.config import QwenVLArchitecture
 from pipeline.models.qwen_vl.folder import save_folder as save_qwen
 from pipeline.models.qwen_vl.model import QwenVL
@@ -44,6 +45,7 @@ from pipeline.training.export import write_adapters, write_folder
 
 pytestmark = pytest.mark.slow  # the import
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 SITE = Path(sys.prefix, "sentence_transformers")
 TOLERANCE = 1e-5
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -273,13 +275,13 @@ def test_clip_texts_and_images(tmp_path):
     assert_same(encoded(theirs, pictures), ours.embed(pictures))
 
 
-def adapted(family: str, base: Path, fields: list[str]) -> tuple[torch.nn.Module, Recipe]:
-    """Return a model with adapters that change it, and the recipe."""
+def adapted(family: str, base: Path, fields: list[str], source: Path | None = None) -> tuple[torch.nn.Module, Recipe]:
+    """Return a model with adapters that change it, and the recipe.  source: of the weights, if it is not `base`."""
     name = {"qwen_vl": "demo_qwen", "llave": "demo", "text_encoder": "demo_caption"}[family]
     alone = [] if family == "text_encoder" else ["model.train.projector=false", "model.train.vision_tower=false"]
     fields = ["model.architecture=null", f"model.path={base}", "model.train.lora.rank=2", *alone, *fields]
     recipe = load_recipe(f"pipeline/recipes/{name}.yaml", fields)
-    model = training_of(recipe).load_whole(recipe, str(base)).eval()
+    model = training_of(recipe).load_whole(recipe, str(source or base)).eval()
     freeze(model, recipe)
     adapt(model, recipe)
     with torch.no_grad():
@@ -300,7 +302,7 @@ def test_unmerged_adapters_give_the_merged_vectors(family, tiny_model, decoders,
     base, merged, alone = (tmp_path / name for name in ("base", "merged", "alone"))
     model, recipe = adapted(family, base, ["objective.dimensions=[8]"])
     write_adapters(model, recipe, str(base), alone)
-    _check_adapters(model, training_of(recipe).unmerged(str(base)), alone)
+    _check_adapters(model, training_of(recipe).adapter_prefix(recipe, str(base)), alone)
     write_folder(model, dict(model.named_parameters()), recipe, str(base), merged)
     expected = Embedder.load(merged).embed(STRIPPED)
     assert (expected - Embedder.load(base).embed(STRIPPED)).abs().max() > 100 * TOLERANCE
@@ -319,7 +321,66 @@ def test_unmerged_adapters_give_the_merged_vectors(family, tiny_model, decoders,
     tensors = load_file(alone / ADAPTERS)
     save_file({name: tensor + (name == min(tensors)) for name, tensor in tensors.items()}, alone / ADAPTERS)
     with pytest.raises(PipelineError, match="do not give the checkpoint's"):
-        _check_adapters(model, training_of(recipe).unmerged(str(base)), alone)
+        _check_adapters(model, training_of(recipe).adapter_prefix(recipe, str(base)), alone)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_unmerged_adapters_of_a_qwen_vl_keep_the_recipe_s_settings(kind, tmp_path):
+    """The config.json beside them, in which the settings are recorded, is the base model's."""
+    build_qwen(QwenVLArchitecture(model_type=kind, **ARCHITECTURES[kind]), CORPUS, 1, tmp_path / "base")
+    settings = ["instruction=Find the picture.", "min_pixels=6400", "max_pixels=12800"]
+    given = [*STRIPPED, picture(48, 48), picture(330, 231, 1)]
+    assert_alone_as_merged("qwen_vl", tmp_path / "base", [f"model.{each}" for each in settings], given)
+
+
+@pytest.mark.parametrize("template", ["none", "llama3"])
+def test_unmerged_adapters_of_a_text_encoder_keep_the_recipe_s_settings(template, tmp_path, monkeypatch):
+    saved(PAPER / "text_encoder", tmp_path / "base", Settings())
+    fields = [f"model.template={template}", 'model.instruction="Retrieve:\\n"']
+    expected = assert_alone_as_merged("text_encoder", tmp_path / "base", fields, STRIPPED)
+    embed = run_example(tmp_path / "alone", monkeypatch)["embed"]
+    assert_same(torch.stack([embed(text) for text in STRIPPED]), expected)
+
+
+def test_unmerged_adapters_of_a_llave_read_images(tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    given = [*STRIPPED, picture(48, 48), picture(130, 31, 1)]
+    assert_alone_as_merged("llave", base, [], given)
+
+
+def assert_alone_as_merged(family: str, base: Path, fields: list[str], given: list[Any]) -> torch.Tensor:
+    """Compare adapters beside `base` with the merged export, whose vectors differ from `base`'s; return these."""
+    merged, alone = base.parent / "merged", base.parent / "alone"
+    model, recipe = adapted(family, base, fields)
+    write_adapters(model, recipe, str(base), alone)
+    write_folder(model, dict(model.named_parameters()), recipe, str(base), merged)
+    expected = Embedder.load(merged).embed(given)
+    assert ((expected - Embedder.load(base).embed(given)).abs().amax(dim=1) > 100 * TOLERANCE).all()
+    assert_same(encoded(opened(alone), given), expected)
+    return expected
+
+
+def test_adapters_of_a_llave_that_tiles_otherwise_are_refused(tiny_model, tmp_path):
+    """transformers' model would cut images by the config.json of the base model."""
+    stored = json.loads(Path(tiny_model, "config.json").read_text())["image_grid_pinpoints"]
+    for field in (f"image_grid_pinpoints={stored[:-1]}", "mm_newline_position=grid"):
+        model, recipe = adapted("llave", Path(tiny_model), [f"model.{field}"])
+        with pytest.raises(PipelineError, match="mm_newline_position is not what the config"):
+            write_adapters(model, recipe, tiny_model, tmp_path / "out")
+    model, recipe = adapted(
+        "llave", Path(tiny_model), [f"model.image_grid_pinpoints={stored}", "model.mm_newline_position=one_token"]
+    )
+    write_adapters(model, recipe, tiny_model, tmp_path / "out")
+
+
+def test_adapters_of_an_original_llave_name_its_converted_copy(tmp_path, caplog):
+    original = shutil.copytree(GOLDEN, tmp_path / "LLaVE-tiny")
+    source = weights.resolve(str(original), tmp_path / "run/init")
+    model, recipe = adapted("llave", original, [], Path(source))
+    write_adapters(model, recipe, source, tmp_path / "alone")
+    named = json.loads((tmp_path / "alone/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == source != str(original)
+    assert f"the converted copy of {original} in the run, {source}: keep it there" in caplog.text
 
 
 def test_adapters_that_are_not_the_whole_model_are_refused(tiny_model, decoders, tmp_path):

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.config import Recipe
 from pipeline.data.lengths import Lengths
+from pipeline.errors import PipelineError
 from pipeline.models import loading
 from pipeline.models.attention import choose
 from pipeline.models.chunks import Features, Frozen
@@ -135,6 +136,15 @@ class LlaveTraining(TrainingInterface[LlaveSection]):
         note_images(folder, source, self.section(recipe).images)
         marks = mark_reading(source, self.section(recipe).marks)
         finish(folder, {MARKS: None if marks == "mended" else marks})
+
+    def adapter_prefix(self, recipe: Recipe, source: str) -> str:
+        trained, stored = (checks.tiling(checks.load_config(source, **own)) for own in (self._own(recipe), {}))
+        if trained != stored:
+            raise PipelineError(
+                "--adapters: model.image_grid_pinpoints or model.mm_newline_position is not what the config.json of "
+                f"{source} says, which adapters do not change: export without --adapters"
+            )
+        return super().adapter_prefix(recipe, source)
 
     def _own(self, recipe: Recipe) -> dict[str, Any]:
         """Return the recipe's values that override the model's own."""

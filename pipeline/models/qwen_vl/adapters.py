@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import PipelineError, disk_errors
-from pipeline.models.files import Tensors, fetched, read_json, read_tensors
+from pipeline.models.files import ADAPTERS, Tensors, fetched, read_json, read_tensors
 from pipeline.models.qwen_vl import checks
 from pipeline.models.qwen_vl.folder import save_folder
 from pipeline.models.qwen_vl.model import QwenVL
@@ -36,6 +36,11 @@ def merge_vlm2vec(source: str, out: Path, base: str | None = None) -> None:
     for name, expected in _EXPECTED.items():
         if (value := settings.get(name) or expected) != expected:
             raise PipelineError(f"{source}: {name}={value!r} in its adapter_config.json is not supported")
+    if isinstance(start := settings.get("init_lora_weights"), str) and start.lower() != "gaussian":
+        # Such as pissa and olora, for which peft takes the initial product from the base model's weights.
+        raise PipelineError(f"{source}: init_lora_weights={start!r} in its adapter_config.json is not supported")
+    if type(alpha := settings.get("lora_alpha")) not in (int, float):
+        raise PipelineError(f"{source}: lora_alpha={alpha!r} in its adapter_config.json is no number: copy it again")
     base = base or settings.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise PipelineError(f"{source}: its adapter_config.json names no base model: name it with --base")
@@ -44,7 +49,7 @@ def merge_vlm2vec(source: str, out: Path, base: str | None = None) -> None:
     model = QwenVL.load(base, "auto", config)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     parts: dict[str, Tensors] = {}
-    for name, tensor in read_tensors(folder / "adapter_model.safetensors").items():
+    for name, tensor in read_tensors(folder / ADAPTERS).items():
         if not (found := _PART.fullmatch(name)) or (layer := _own_name(f"{found[1]}.weight")) not in weights:
             raise PipelineError(f"{source}: {name} is an adapter of no layer in {base}: name its --base")
         parts.setdefault(layer, {})[found[2].removesuffix(".weight")] = tensor

@@ -1,5 +1,6 @@
 """Write a Qwen-VL embedder as a Hugging Face folder with tokenizer, image processor and model card."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def save_folder(
     )
     tokenizer.save_pretrained(folder)
     image_processor(model.config, source).save_pretrained(folder)
+    # Beside adapters there is no config.json, by which transformers would find the processor.
+    processor = {"processor_class": f"{whole.removesuffix('Model')}Processor"}
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     if (videos := fetched(source, weights=False) / _VIDEOS).is_file():
         shutil.copyfile(videos, folder / _VIDEOS)
     modalities = sentence_transformers.MODALITIES if sees else ("text",)

@@ -93,7 +93,7 @@ class TextEncoderTraining(TrainingInterface[TextEncoderSection]):
     def empty(self, recipe: Recipe, path: str, attention: str) -> nn.Module:
         return self._model.empty(path, attention)
 
-    def unmerged(self, source: str) -> str:
+    def adapter_prefix(self, recipe: Recipe, source: str) -> str:
         if config_dict(source).get("is_causal") is not False:
             raise PipelineError(
                 f"--adapters: {source} attends causally, and adapters do not change that: export without --adapters"
@@ -128,7 +128,7 @@ class MaskedTraining(TextEncoderTraining):
             return pair.alone(pair.target, pair.target)
         return pair
 
-    def unmerged(self, source: str) -> str:
+    def adapter_prefix(self, recipe: Recipe, source: str) -> str:
         raise PipelineError("--adapters is for embedders, and masked training makes none: export without --adapters")
 
     def flops(self, model: nn.Module, frozen: Frozen | None) -> StepFlops | None:

@@ -34,14 +34,13 @@ from pipeline.errors import PipelineError, shown
 from pipeline.models import loading
 from pipeline.models.chunks import Packed, sent
 from pipeline.models.files import fetched, read_json, read_tensors, survey, weight_files
-from pipeline.models.sentence_transformers import FLAGS, MODULES, describes
+from pipeline.models.sentence_transformers import FLAGS, MODULES, PROMPTS, READING, describes
 from pipeline.models.text_encoder.processor import TextsAlone
 from pipeline.models.text_encoder.templates import NONE
 from pipeline.storage.documents import unique
 
 Mode = Literal["mean", "cls", "last"]
 
-_PROMPTS, _LENGTHS = "config_sentence_transformers.json", "sentence_bert_config.json"
 _MODES: dict[str, Mode] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 _ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")  # classes of torch.nn
 _DOCUMENT = ("document", "passage", "corpus")  # names of a document's prompt, the first found is used
@@ -95,8 +94,8 @@ class SentenceFormat:
             )
         mode, with_prompt = _pooling(folder / modules[1][1] / "config.json")
         after = tuple(_after(name, folder / place) for name, place in modules[2:])
-        limits, lower = _reading(folder / _LENGTHS)
-        return cls(folder, mode, with_prompt, after, _document_prompt(folder / _PROMPTS), limits, lower)
+        limits, lower = _reading(folder / READING)
+        return cls(folder, mode, with_prompt, after, _document_prompt(folder / PROMPTS), limits, lower)
 
 
 def is_sentence_embedder(path: str, config: dict[str, Any]) -> bool:
