@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaOnevisionConfig, Qwen2Model
 from transformers.image_processing_utils import select_best_resolution
 
-from pipeline.data.batch import Batch, Encoded, Image
+from pipeline.data.batch import Batch, Encoded, Image, Origin
 from pipeline.models.llave.checks import tiling
 
 PAIR_KINDS = {(True, False): 0.61, (False, True): 0.25, (True, True): 0.14}  # (query, target) with an image: fraction
@@ -69,7 +69,7 @@ def drawn(pairs: int, rng: np.random.Generator, item: Callable[[bool], Encoded])
         target,
         negatives=[()] * pairs,
         valid=[True] * pairs,
-        origins=[],
+        origins=[Origin("drawn", pair) for pair in range(pairs)],
         bad=[],
         received=0,
         positives=[()] * pairs,

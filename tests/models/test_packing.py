@@ -188,7 +188,7 @@ def test_packing_check_covers_llave_layers(tiny_model, monkeypatch):
     def first(self: object, hidden_states: torch.Tensor, position_embeddings: object, segments: object) -> torch.Tensor:
         return self.o_proj(hidden_states.mean(1, keepdim=True).expand(-1, len(segments.lengths), -1))
 
-    monkeypatch.setattr("pipeline.models.llave.qwen2.PoolingAttention.forward", first)
+    monkeypatch.setattr("pipeline.models.packed_attention.PoolingAttention.forward", first)
     for way in (lambda: training("llave").check(model), lambda: llave.Llave.load(tiny_model, torch.float32)):
         with pytest.raises(PipelineError, match=r"qwen2 model.*depend"):
             way()

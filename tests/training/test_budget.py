@@ -275,6 +275,7 @@ def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, o
     model, zero = SimpleNamespace(pads=True), {"zero_optimization": {"stage": 3}}
     engine, cuts = SimpleNamespace(device=torch.device("cpu"), module=model, config=zero), []
     engine.checkpoint_engine = SimpleNamespace(save=None)
+    engine.basic_optimizer = torch.optim.SGD([torch.zeros(1)])
 
     def step(_: object, engine: object, batch: object, cut: Budget, *__: object, **___: object) -> None:
         cuts.append((cut.chunk_tokens, cut.kept_chunks))
@@ -285,6 +286,8 @@ def test_run_out_of_memory_restarts_with_smaller_budget(tmp_path, monkeypatch, o
         run.steps, run.start, run.conditions, run.engine, run.frozen = 3, None, {"seed": 0}, engine, None
         batch = SimpleNamespace(items={0: Encoded(np.zeros(9, np.int32))})
         run.evaluation = SimpleNamespace(is_due=lambda step: False)
+        run.world, run.order, run.source = 1, None, SimpleNamespace(names=())
+        run.processor = run.speed = None
         run._stream = lambda steps, stop: (batch for _ in steps)
         return run
 
