@@ -7,6 +7,7 @@ ssh you@login.cluster 'cd CHECKOUT && .venv/bin/python -m pipeline.watch runs/ll
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -147,7 +148,9 @@ def _ranks(run: Path, status: Status) -> str:
     """Say which ranks the others wait for, by their notes."""
     from pipeline.training.watchdog import FOLDER, Watchdog
 
-    world = len(list((run / FOLDER).glob("rank*.json")))
+    # Notes of ranks may be left from a start with more of them; the recipe's first line names this start's number.
+    named = re.match(r"# (\d+) processes;", (run / "recipe.yaml").read_text())
+    world = int(named[1]) if named else len(list((run / FOLDER).glob("rank*.json")))
     return Watchdog(run, 0, world, 60, start=status.launch).report()
 
 

@@ -95,6 +95,7 @@ _NOT_HERE = {
 _NEEDS_DEFAULT = (
     "bf16.bf16_master_weights_and_grads",
     "bf16.bf16_optimizer_states",
+    "bf16.check_grad_overflow",
     "prescale_gradients",
     "gradient_predivide_factor",
     "gradient_allreduce_op",

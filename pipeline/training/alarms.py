@@ -149,8 +149,11 @@ def _medians(speeds: "deque[Mapping[str, float]]") -> dict[str, float]:
 
 def nearly_full(folder: Path, checkpoint: Path) -> str:
     """Return an alarm if the disk of `folder` has no room for another checkpoint like this one; else ""."""
-    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+    try:
+        size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        free = shutil.disk_usage(folder).free
+    except OSError:  # saving reports what matters
+        return ""
     if free >= size:
         return ""
     return (

@@ -153,16 +153,17 @@ def shorten_ledgers(run: Path, world: int, step: int) -> None:
 class _Warnings(logging.Handler):
     """Copies the package's warnings to RUN/warnings.jsonl, which keeps those of earlier starts, and to TensorBoard.
 
-    Bad samples have a file of their own. Any thread may log.
+    Bad samples have a file of their own. Any thread may log; in a forked process there is no thread that writes.
     """
 
     def __init__(self, path: Path, board: Dashboard) -> None:
         super().__init__(logging.WARNING)
+        self._process = os.getpid()
         with disk_errors(path):
             self._file, self._board = path.open("a", buffering=1), board
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg != _BAD_SAMPLE:
+        if record.msg != _BAD_SAMPLE and os.getpid() == self._process:
             self.write(record.getMessage())
 
     def write(self, text: str) -> None:

@@ -1,9 +1,11 @@
 """Pictures of what a step learns from: queries, their targets and their hardest negatives, with similarities.
 
 The queries are the first rank's, from different datasets where there are several. Their negatives are those of all
-ranks, except for the margin's mask. All comes from the step's batch and embeddings: nothing is read or embedded again.
+ranks. All comes from the step's batch and embeddings: nothing is read or embedded again. A margin's mask, sub-batches,
+and the shortened or rounded vectors of a loss do not count here.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from heapq import nlargest
 from pathlib import Path
@@ -22,7 +24,10 @@ QUERIES, NEGATIVES = 4, 3
 _CELL, _HEIGHT, _MARGIN = 200, 240, 6  # pixels
 _PICTURE = _CELL - 2 * _MARGIN, 120
 _LINES, _LETTERS = 6, 31
+_TEXT = 1000  # characters
 _SIZE = 11
+logger = logging.getLogger(__name__)
+
 _BLACK, _GREY, _RED = (20, 20, 20), (120, 120, 120), (190, 30, 30)
 
 
@@ -54,6 +59,10 @@ def hardest(batch: Batch, embeddings: torch.Tensor, shown: Callable[[Encoded], V
 
     batch: this rank's part.  embeddings: (items, D) of its items, in their order.  shown: see `Processor`.
     """
+
+    def view(key: int) -> View:
+        return _small(batch.items[key], shown)
+
     place = {key: row for row, key in enumerate(batch.items)}
     chosen: list[list[_Query]] = [[]]
     if dist.get_rank() == 0:
@@ -82,22 +91,33 @@ def hardest(batch: Batch, embeddings: torch.Tensor, shown: Callable[[Encoded], V
         for number, (query, row) in enumerate(zip(queries, similarities, strict=True)):
             right = _right(batch, query)
             best = nlargest(NEGATIVES, ((float(s), key) for s, key in zip(row, keys, strict=True) if key not in right))
-            found[number] = [Candidate(similarity, shown(batch.items[key])) for similarity, key in best]
+            found[number] = [Candidate(similarity, view(key)) for similarity, key in best]
             if dist.get_rank() == 0:
                 target = query.answers[0]
-                own.append(Candidate(float(row[keys.index(target)]), shown(batch.items[target])))
+                own.append(Candidate(float(row[keys.index(target)]), view(target)))
     ranks: list = [None] * dist.get_world_size()
     dist.gather_object(found, ranks if dist.get_rank() == 0 else None)
     if dist.get_rank():
         return []
     return [
         Row(
-            shown(batch.items[query.key]),
+            view(query.key),
             target,
             nlargest(NEGATIVES, (each for of_rank in ranks for each in of_rank[number]), key=lambda each: each[0]),
         )
         for number, (query, target) in enumerate(zip(queries, own, strict=True))
     ]
+
+
+def _small(item: Encoded, shown: Callable[[Encoded], View]) -> View:
+    """Return an item's view as large as it will be drawn: of all ranks' views, the first GPU holds a copy."""
+    try:
+        view = shown(item)
+        picture = None if view.picture is None else np.asarray(_scaled(view)).transpose(2, 0, 1)
+    except Exception as error:  # the other ranks wait, and no picture is worth a run
+        logger.warning("an item cannot be shown: %r", error)
+        return View("(cannot be shown)")
+    return View(view.text[:_TEXT], picture, view.aspect)
 
 
 def _chosen(batch: Batch) -> list[int]:

@@ -16,7 +16,7 @@ from pipeline.evaluation.report import Similarities
 from pipeline.models.family import Processor
 from pipeline.objectives.objective import StepResult
 from pipeline.phases import take_seconds
-from pipeline.training import checkpoint, part_norms, pictures
+from pipeline.training import checkpoint, part_norms, pictures, resume
 from pipeline.training.alarms import Alarms, nearly_full
 from pipeline.training.budget import Budget, Meter
 from pipeline.training.engine import part_rates
@@ -114,17 +114,25 @@ class StepReport:
             return
         self._skipped += 1
         step, patience = metrics["step"], self._recipe.optimizer.patience
+        is_skipped = not math.isfinite(metrics["grad_norm"])
         what = f"step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if self._skipped <= patience:
             if self._monitor.leads:
+                then = (
+                    "the step is skipped, and the weights stay as they are" if is_skipped else "the loss is not finite"
+                )
                 logger.warning(
-                    f"{what}: the step is skipped, and the weights stay as they are ({self._skipped} of "
-                    f"optimizer.patience={patience} in a row); the batch's samples are in RUN/ledger if ledger=true"
+                    f"{what}: {then} ({self._skipped} of optimizer.patience={patience} in a row); the batch's samples "
+                    "are in RUN/ledger if ledger=true"
                 )
             return
         before = step - self._skipped
         folder = Path(self._recipe.run, "checkpoints")
-        good = [path for path in checkpoint.candidates(folder) if checkpoint.step_of(path) <= before]
+        good = [
+            path
+            for path in checkpoint.candidates(folder)
+            if checkpoint.step_of(path) <= before and not resume.fault_of(path, thorough=False)
+        ]
         kept = f"the last checkpoint before that is {good[0]}" if good else "there is no checkpoint before that"
         raise PipelineError(
             f"{what}, and so in {self._skipped} steps in a row, from step {before + 1} on, more than "

@@ -2,7 +2,8 @@
 
 Their servers and credentials come from their own environment variables (WANDB_MODE, WANDB_API_KEY, WANDB_PROJECT,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME); nothing of them is written or logged. They get the scalars of TensorBoard
-and the hyperparameters. A tracker that fails is left out with a warning: it must not stop a run.
+and the hyperparameters. A tracker that raises an error is left out with a warning: it must not stop a run. MLflow's
+calls wait for its server, by MLFLOW_HTTP_REQUEST_TIMEOUT and MLFLOW_HTTP_REQUEST_MAX_RETRIES.
 """
 
 import json
@@ -22,6 +23,7 @@ from pipeline.errors import PipelineError
 from pipeline.storage.atomic import write_file
 
 _PROJECT = "pipeline"
+_LONGEST = 500  # characters of a parameter in all versions of MLflow
 _IDS = "trackers.json"  # in the run directory: the id of its run by tracker, with which a later start continues it
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class _Mlflow:
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             ids["mlflow"] = self._client.create_run(experiment, run_name=run.name).info.run_id
             _keep(run, ids)
-            params = [mlflow.entities.Param(_key(key), str(value)) for key, value in config.items()]
+            params = [mlflow.entities.Param(_key(key), str(value)[:_LONGEST]) for key, value in config.items()]
             self._client.log_batch(ids["mlflow"], params=params)
         self._id = ids["mlflow"]
         self._client.update_run(self._id, status="RUNNING")

@@ -8,7 +8,7 @@ from two_ranks import on_two_ranks
 
 from pipeline.data.batch import Batch, Encoded, Origin
 from pipeline.models.shown import View
-from pipeline.training.pictures import NEGATIVES, QUERIES, Candidate, Row, as_table, drawn, hardest
+from pipeline.training.pictures import NEGATIVES, QUERIES, Candidate, Row, _small, as_table, drawn, hardest
 
 PAIRS, SIZE = 12, 16
 
@@ -82,6 +82,16 @@ def test_negatives_are_the_most_similar_of_all_ranks():
         assert [similarity for similarity, _ in (target, *negatives)] == pytest.approx(
             [float(x[query] @ x[target[1]]), *(similarity for similarity, _ in expected)], abs=1e-6
         )
+
+
+def test_ranks_send_small_pictures_and_short_texts_and_survive_an_item_that_cannot_be_shown(caplog):
+    item = Encoded(np.array([1], np.int32))
+    large = _small(item, lambda item: View("a" * 99_999, np.zeros((3, 1000, 2000), np.uint8), 2.0))
+    assert large.picture.nbytes < 3 * 188 * 120 and large.picture.shape == (3, 94, 188)
+    assert len(large.text) == 1000
+    assert _small(item, lambda item: View("a")) == View("a")
+    assert _small(item, lambda item: 1 / 0) == View("(cannot be shown)")
+    assert "division by zero" in caplog.text
 
 
 def test_sheet_has_the_pictures_and_the_table_all_texts():
