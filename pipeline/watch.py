@@ -149,7 +149,8 @@ def _ranks(run: Path, status: Status) -> str:
     from pipeline.training.watchdog import FOLDER, Watchdog
 
     # Notes of ranks may be left from a start with more of them; the recipe's first line names this start's number.
-    named = re.match(r"# (\d+) processes;", (run / "recipe.yaml").read_text())
+    recipe = run / "recipe.yaml"
+    named = re.match(r"# (\d+) processes;", recipe.read_text()) if recipe.is_file() else None
     world = int(named[1]) if named else len(list((run / FOLDER).glob("rank*.json")))
     return Watchdog(run, 0, world, 60, start=status.launch).report()
 

@@ -59,6 +59,11 @@ def test_rank_that_others_wait_for_is_shown_before_the_collective_times_out(run)
     text = " ".join(shown(run, later=3610).split())
     assert re.search(r"no step for 36\d\d s", text)
     assert "rank 1 on node1 is in step 61, first_pass" in text
+    # A note that is left from a start with more processes is of no rank that others wait for.
+    (run / "recipe.yaml").write_text("# 2 processes; Python 3.11\n")
+    Note(2, "node2", "before", Place(7, 1, "data", 0.0), "code (file.py:1)", "", 5.0).write(run / FOLDER)
+    text = " ".join(shown(run, later=3610).split())
+    assert "rank 1 on node1 is in step 61, first_pass" in text and "rank 2" not in text
     status.note(run, "finished", reason="")
     assert "stuck" not in shown(run, later=3610)
 
