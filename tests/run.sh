@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 unset PYTHONDONTWRITEBYTECODE # each of hundreds of processes would compile the project again
 source tools/setup.sh
-setup_environment --no-compile
+COMPILE=--no-compile setup_environment
 site=.venv/sentence_transformers
 if ! cmp -s tests/sentence_transformers.txt "$site/installed.txt"; then
     rm -rf "$site"

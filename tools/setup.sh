@@ -2,10 +2,10 @@
 # shellcheck shell=bash
 # Expects to run in the repository's root.
 
-# --no-compile: leave it to Python to compile packages at their first import. Most modules are never imported; but where
+# With COMPILE=--no-compile, Python compiles packages at their first import. Most modules are never imported; but where
 # .venv belongs to another user or is mounted read-only, each process would compile torch again.
 setup_environment() {
-    local wanted python compile=${1:---compile}
+    local wanted python compile=${COMPILE:---compile}
     wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | sha256sum)
     if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
         command -v c++ >/dev/null || setup_failed "a C++ compiler is missing: apt-get install g++"

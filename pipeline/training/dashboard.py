@@ -1,6 +1,8 @@
 """Writes a run's TensorBoard: scalars with descriptions, charts, histograms, texts and hyperparameters."""
 
 import json
+import logging
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ _COMPARED |= {
 }
 _FINAL = ("learning/loss", "learning/precision_at_1", "learning/overlap", "speed/samples_per_second", "speed/mfu")
 
+logger = logging.getLogger(__name__)
+
 
 class Dashboard:
     """RUN/tensorboard, of one start of a run from step `start`. Later steps of an earlier start are purged.
@@ -39,6 +43,8 @@ class Dashboard:
         self._shown: set[str] = set()
         self._charts: dict[str, Any] = {}
         self._trackers: Trackers | None = None
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._thread_ended
         with disk_errors(self._folder):
             self._board = SummaryWriter(str(self._folder), purge_step=start + 1, flush_secs=10)
 
@@ -46,8 +52,16 @@ class Dashboard:
         """Give the trackers all scalars from now on."""
         self._trackers = trackers
 
+    def _thread_ended(self, ended: threading.ExceptHookArgs) -> None:
+        """Say in a line that the writer's thread met a full disk. The next value raises the error in the run itself."""
+        if type(ended.thread).__name__ == "_AsyncWriterThread" and isinstance(ended.exc_value, OSError):
+            logger.warning("%s cannot be written: %s", self._folder, ended.exc_value.strerror)
+        else:
+            self._excepthook(ended)
+
     def close(self, *, failed: bool) -> None:
         self._board.close()
+        threading.excepthook = self._excepthook
         if self._trackers:
             self._trackers.end(failed)
 

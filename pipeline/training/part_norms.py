@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+_PIECE = 1 << 14
+
 
 class PartNorms:
     """Sums the squared gradients of each part at the optimizer's steps, on this rank, without waiting for the device.
@@ -20,8 +22,9 @@ class PartNorms:
 
     def _add(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
-            if gradients := [p.grad for p in group["params"] if p.grad is not None]:
-                norm = torch.nn.utils.get_total_norm(gradients)
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                norm = torch.nn.utils.get_total_norm([piece for each in gradients for piece in _pieces(each)])
                 self._squares[group["part"]] = self._squares[group["part"]] + norm.float().square()
 
     def take(self) -> dict[str, float]:
@@ -29,6 +32,11 @@ class PartNorms:
         taken = {part: float(squares) for part, squares in self._squares.items()}
         self._squares = dict.fromkeys(self._squares, 0.0)
         return taken
+
+
+def _pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return views that together are the gradient. A CPU adds the squares of a tensor one after another, in float32."""
+    return gradient.flatten().split(_PIECE) if gradient.device.type == "cpu" else [gradient]
 
 
 def norms(squares: Mapping[str, float], whole: float) -> dict[str, float]:

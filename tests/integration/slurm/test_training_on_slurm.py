@@ -123,7 +123,7 @@ def test_two_jobs_at_once_match_torchrun_run_and_fail_permanently(slurm, train, 
     assert (slurm.job(hopeless)["JobState"], slurm.job(hopeless)["Restarts"]) == ("FAILED", "1")
     status = Status.read(broken)
     assert status.failures[0] == status.failures[1]
-    assert "lower optimizer.lr" in status.reason
+    assert "Lower optimizer.lr" in status.reason
     assert "failed twice after" in last_line(slurm, hopeless)
 
     slurm.wait(job, "COMPLETED")
