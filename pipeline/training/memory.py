@@ -16,11 +16,12 @@ from pipeline.config import MiningRun, Recipe, is_offloaded
 from pipeline.data.source import Source
 from pipeline.errors import PipelineError
 from pipeline.models.family import ChunkMemory
+from pipeline.models.memory import FP32
 from pipeline.models.pinned import pinned_bytes
 from pipeline.models.registry import training_of
 from pipeline.models.staging import BUFFERS
 from pipeline.objectives.contrastive.config import ContrastiveSection
-from pipeline.objectives.contrastive.memory import FP32, loss_bytes
+from pipeline.objectives.contrastive.memory import loss_bytes
 from pipeline.training.budget import Budget
 from pipeline.training.engine import adapt, freeze
 

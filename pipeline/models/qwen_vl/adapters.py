@@ -50,7 +50,7 @@ def merge_vlm2vec(source: str, out: Path, base: str | None = None) -> None:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     parts: dict[str, Tensors] = {}
     for name, tensor in read_tensors(folder / ADAPTERS).items():
-        if not (found := _PART.fullmatch(name)) or (layer := _own_name(f"{found[1]}.weight")) not in weights:
+        if not (found := _PART.fullmatch(name)) or (layer := QwenVL.own_name(f"{found[1]}.weight")) not in weights:
             raise PipelineError(f"{source}: {name} is an adapter of no layer in {base}: name its --base")
         parts.setdefault(layer, {})[found[2].removesuffix(".weight")] = tensor
     for layer, part in parts.items():
@@ -59,12 +59,6 @@ def merge_vlm2vec(source: str, out: Path, base: str | None = None) -> None:
         weights[layer] = _merged(weights[layer], part, settings)
     with disk_errors(out), replacing(out) as partial:
         save_folder(model, weights, base, partial, base)
-
-
-def _own_name(stored: str) -> str:
-    for pattern, new in QwenVL.renamings:
-        stored = re.sub(pattern, new, stored)
-    return stored
 
 
 def _merged(weight: torch.Tensor, part: Tensors, settings: dict[str, Any]) -> torch.Tensor:

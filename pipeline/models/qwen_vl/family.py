@@ -1,6 +1,5 @@
 """Qwen-VL's training and saved-model interfaces."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -104,9 +103,7 @@ class QwenVLTraining(TrainingInterface[QwenVLSection]):
         return kind(kind.config_for(config, attention, self._tower_attention(recipe, config)))
 
     def own_name(self, stored: str) -> str:
-        for pattern, new in QwenVL.renamings:
-            stored = re.sub(pattern, new, stored)
-        return stored
+        return QwenVL.own_name(stored)
 
     def load_whole(self, recipe: Recipe, path: str) -> nn.Module:
         return cast(nn.Module, QwenVL.load(path, DTYPES[recipe.precision], self._config(recipe, path)))

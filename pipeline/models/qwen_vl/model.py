@@ -3,6 +3,7 @@
 An item's embedding is the language model's last hidden state at the prompt's last token, normalised to length 1.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -42,6 +43,13 @@ class _Parts(PreTrainedModel):
         (r"^model\.(?=(visual|language_model)\.)", ""),
         (r"^(model\.)?(?=(layers|embed_tokens|norm)\.)", "language_model."),
     )
+
+    @classmethod
+    def own_name(cls, stored: str) -> str:
+        """Return the parameter's name for the name of a tensor in a checkpoint."""
+        for pattern, new in cls.renamings:
+            stored = re.sub(pattern, new, stored)
+        return stored
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -1,9 +1,8 @@
 """Estimate the device memory of the loss from its shapes."""
 
+from pipeline.models.memory import FP32
 from pipeline.objectives.contrastive.config import ContrastiveSection
 from pipeline.objectives.contrastive.loss import CACHED_BYTES, TILE
-
-FP32 = 4
 
 
 def loss_bytes(
