@@ -21,8 +21,8 @@ Both peers run transformers' own modules with the same weights. Unnecessary work
 there is no LM head and no list of hidden states. LLaVE omits the tower's graph, and the last product of a layer in the
 recomputation, which reentrant checkpointing would do; GradCache omits the dummy tiles.
 
-FLOPs are counted by torch's FlopCounterMode over the whole step. Added are the CPU's attention kernel, which it does
-not know, and causal attention as half of the square. Seconds are for one thread, medians over the rounds, in which all
+FLOPs are counted by torch's FlopCounterMode over the whole step. Added are the CPU's kernels for attention and for a
+linear layer with GELU, which it does not know. Causal attention counts as half of the square. Seconds are for one thread, medians over the rounds, in which all
 sides take turns to be first. Every side clips the gradient and runs AdamW; the learning rate is 0, so that all steps
 start with the same weights.
 
@@ -35,6 +35,7 @@ All sides must agree: embeddings to 1e-5, GradCache's loss and gradient norm wit
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -278,9 +279,13 @@ def flops(step: Callable[[], Result]) -> tuple[int, Result]:
         # Recompute the similarities, and two products for each of the forward pass.
         return sdpa_flop_count(query, key, value) * 5 // (4 if causal else 2)
 
+    def linear(x: tuple, weight: tuple, *_: object, **__: object) -> int:
+        return 2 * math.prod(x) * weight[0]
+
     kernels = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        torch.ops.mkldnn._linear_pointwise: linear,  # of a frozen tower
     }
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         result = step()
