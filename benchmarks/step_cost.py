@@ -22,9 +22,9 @@ there is no LM head and no list of hidden states. LLaVE omits the tower's graph,
 recomputation, which reentrant checkpointing would do; GradCache omits the dummy tiles.
 
 FLOPs are counted by torch's FlopCounterMode over the whole step. Added are the CPU's kernels for attention and for a
-linear layer with GELU, which it does not know. Causal attention counts as half of the square. Seconds are for one thread, medians over the rounds, in which all
-sides take turns to be first. Every side clips the gradient and runs AdamW; the learning rate is 0, so that all steps
-start with the same weights.
+linear layer with GELU, which it does not know. Causal attention counts as half of the square. Seconds are for one
+thread, medians over the rounds, in which all sides take turns to be first. Every side clips the gradient and runs
+AdamW; the learning rate is 0, so that all steps start with the same weights.
 
 Memory is the peak of the step's live tensors, including gradients, but not weights, data and AdamW's moments, which
 exist before. It is counted per tensor: resident memory also includes what the allocator has freed but not returned, up
