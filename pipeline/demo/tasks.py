@@ -6,7 +6,7 @@ https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first candidate of a ro
 """
 
 import json
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain, islice, product
@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK, Item, Pair
-from pipeline.demo import captions
+from pipeline.demo import captions, vqa
 from pipeline.demo.scenes import (
+    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -167,12 +168,17 @@ def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Qu
 
 
 def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
-    asked = _asked(scene, rng)
-    query = _Side(f"{IMAGE_MARK}\nAnswer: what is at the {asked.place}?\n", _Picture(scene))
-    near = _near(asked, split, rng, ("colour", "shape", "size"))
-    others = (thing for thing in scene.things if thing is not asked)
-    hard = [_text(captions.phrase(thing, "en")) for thing in (*near, *others)]
-    return _Question(query, _text(captions.phrase(asked, "en")), hard)
+    ways = [(thing, name) for thing in _askable(scene) for name in vqa.identifying(scene, thing)]
+    asked, named = ways[rng.integers(len(ways))]
+    query = _Side(f"{IMAGE_MARK}\n{vqa.question(asked, named)}\n", _Picture(scene))
+    # First the answers of a model that sees the picture and ignores the question: the batch's other answers are of
+    # other pictures, and would never teach it to read the question.
+    others = [thing for thing in scene.things if thing is not asked]
+    near = _near(asked, split, rng, tuple(name for name in ATTRIBUTES if name != named))
+    hard = (_text(vqa.answer(thing, named)) for thing in (*others, *near))
+    every = vqa.answers(named)
+    rest = (_text(every[i]) for i in rng.permutation(len(every)))
+    return _Question(query, _text(vqa.answer(asked, named)), chain(hard, rest))
 
 
 def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -208,8 +214,13 @@ _QUESTIONS = {
 
 def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
     """Draw the thing that a question is about, a held-out one if there is any."""
-    things = [thing for thing in scene.things if thing.held_out] or scene.things
+    things = _askable(scene)
     return things[rng.integers(len(things))]
+
+
+def _askable(scene: Scene) -> Sequence[Thing]:
+    """Return the things that a question can be about: the held-out ones if there are any."""
+    return [thing for thing in scene.things if thing.held_out] or scene.things
 
 
 def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
@@ -256,11 +267,11 @@ def _named(question: _Question, stem: str) -> _Question:
 
 def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
     """Return the pool of a dataset's easier candidates."""
-    things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
     if dataset == "Scene-CLS":
+        things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
         return [_text(captions.label(thing)) for thing in things]
     if dataset == "Scene-VQA":
-        return [_text(captions.phrase(thing, "en")) for thing in things]
+        return []  # the hard candidates include all answers to the question
     if dataset == "Scene-Ground":
         return [side for question in questions for side in (question.right, *question.hard)]
     return [question.right for question in questions]
