@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK, Item, Pair
 from pipeline.demo import captions, vqa
 from pipeline.demo.scenes import (
-    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -50,6 +49,8 @@ TASKS = {name: (task, True) for name, task in DATASETS.items()} | {
     f"{name}-OOD": (task, False) for name, task in DATASETS.items()
 }
 CANDIDATES = {"classification": 64, "vqa": 64, "retrieval": 128, "grounding": 64}
+# One of each look. The order gives the order of an evaluation's candidates.
+_THINGS = tuple(Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
 QUERIES = 200
 POOL = 200  # scenes for the easier candidates of an evaluation set; few, so that encoding is fast
 HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
@@ -150,14 +151,19 @@ def _rng(stream: str, seed: int, index: int) -> np.random.Generator:
 def _ask(dataset: str, split: Split, rng: np.random.Generator) -> _Question:
     """Draw a scene and ask the dataset's question about it."""
     one_large = dataset == "Scene-CLS"
-    if split == "held-out":  # a scene with a held-out combination is never in training
-        scene = random_scene(rng, held_out=True, one_large=one_large)
-    else:
-        scene = scene_of_part(rng, reserved=split == "in-distribution", one_large=one_large)
+    scene = _scene(split, rng, one_large)
+    while dataset == "Scene-VQA" and not _ways(scene):
+        scene = _scene(split, rng, one_large)
     if dataset == "Scene-Ground":
         # All scenes have the same background: otherwise it would reveal which crops are from the same scene.
         scene = replace(scene, background=next(iter(BACKGROUNDS)))
     return _QUESTIONS[dataset](scene, split, rng)
+
+
+def _scene(split: Split, rng: np.random.Generator, one_large: bool) -> Scene:
+    if split == "held-out":  # a scene with a held-out combination is never in training
+        return random_scene(rng, held_out=True, one_large=one_large)
+    return scene_of_part(rng, reserved=split == "in-distribution", one_large=one_large)
 
 
 def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -168,17 +174,20 @@ def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Qu
 
 
 def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
-    ways = [(thing, name) for thing in _askable(scene) for name in vqa.identifying(scene, thing)]
+    ways = _ways(scene)
     asked, named = ways[rng.integers(len(ways))]
     query = _Side(f"{IMAGE_MARK}\n{vqa.question(asked, named)}\n", _Picture(scene))
-    # First the answers of a model that sees the picture and ignores the question: the batch's other answers are of
-    # other pictures, and would never teach it to read the question.
+    # The question alone tells none of these from the right answer.
+    near = _near(asked, split, rng, tuple(name for name in ("colour", "shape", "size") if name != named))
     others = [thing for thing in scene.things if thing is not asked]
-    near = _near(asked, split, rng, tuple(name for name in ATTRIBUTES if name != named))
-    hard = (_text(vqa.answer(thing, named)) for thing in (*others, *near))
-    every = vqa.answers(named)
-    rest = (_text(every[i]) for i in rng.permutation(len(every)))
-    return _Question(query, _text(vqa.answer(asked, named)), chain(hard, rest))
+    fitting = [thing for thing in _THINGS if getattr(thing, named) == getattr(asked, named)]
+    hard = (_text(captions.phrase(thing, "en")) for thing in (*near, *others, *fitting))
+    return _Question(query, _text(captions.phrase(asked, "en")), hard)
+
+
+def _ways(scene: Scene) -> list[tuple[Thing, str]]:
+    """Return the things that a question can be about, each with the attributes by which it can ask."""
+    return [(thing, name) for thing in _askable(scene) for name in vqa.identifying(scene, thing)]
 
 
 def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -268,10 +277,9 @@ def _named(question: _Question, stem: str) -> _Question:
 def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
     """Return the pool of a dataset's easier candidates."""
     if dataset == "Scene-CLS":
-        things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
-        return [_text(captions.label(thing)) for thing in things]
+        return [_text(captions.label(thing)) for thing in _THINGS]
     if dataset == "Scene-VQA":
-        return []  # the hard candidates include all answers to the question
+        return [_text(captions.phrase(thing, "en")) for thing in _THINGS]
     if dataset == "Scene-Ground":
         return [side for question in questions for side in (question.right, *question.hard)]
     return [question.right for question in questions]
