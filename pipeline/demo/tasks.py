@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.sample import IMAGE_MARK, MMEB_IMAGE_MARK, Item, Pair
-from pipeline.demo import captions, vqa
+from pipeline.demo import captions
 from pipeline.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -49,12 +49,14 @@ TASKS = {name: (task, True) for name, task in DATASETS.items()} | {
     f"{name}-OOD": (task, False) for name, task in DATASETS.items()
 }
 CANDIDATES = {"classification": 64, "vqa": 64, "retrieval": 128, "grounding": 64}
-# One of each look. The order gives the order of an evaluation's candidates.
-_THINGS = tuple(Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
 QUERIES = 200
 POOL = 200  # scenes for the easier candidates of an evaluation set; few, so that encoding is fast
 HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
 HARD_CROPS = 3  # crops of the query's scene or of a variant
+
+# Attribute that a visual question names -> its wording.
+_VQA = {"colour": "What is {}?", "shape": "What does the {} look like?"}
+_THINGS = tuple(Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))  # one of each look
 
 # Independent random streams: the candidates of a row do not depend on the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
@@ -152,7 +154,7 @@ def _ask(dataset: str, split: Split, rng: np.random.Generator) -> _Question:
     """Draw a scene and ask the dataset's question about it."""
     one_large = dataset == "Scene-CLS"
     scene = _scene(split, rng, one_large)
-    while dataset == "Scene-VQA" and not _ways(scene):
+    while dataset == "Scene-VQA" and not _named_things(scene):
         scene = _scene(split, rng, one_large)
     if dataset == "Scene-Ground":
         # All scenes have the same background: otherwise it would reveal which crops are from the same scene.
@@ -174,20 +176,30 @@ def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Qu
 
 
 def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
-    ways = _ways(scene)
-    asked, named = ways[rng.integers(len(ways))]
-    query = _Side(f"{IMAGE_MARK}\n{vqa.question(asked, named)}\n", _Picture(scene))
-    # The question alone tells none of these from the right answer.
-    near = _near(asked, split, rng, tuple(name for name in ("colour", "shape", "size") if name != named))
+    """Ask about a thing by its colour or shape, which the answer repeats: "What is red?", "a small red star".
+
+    In a few hundred steps, the demo's model learns to combine what the question names with what the picture shows. It
+    does not learn to look for a thing: asked what is at the top left, it chooses among the scene's things by chance.
+    """
+    named = _named_things(scene)
+    asked, attribute = named[rng.integers(len(named))]
+    query = _Side(f"{IMAGE_MARK}\n{_VQA[attribute].format(getattr(asked, attribute))}\n", _Picture(scene))
+    # The question fits the things in `near` and `fitting` as well as the right one; the picture shows `others`, too.
+    near = _near(asked, split, rng, tuple(name for name in ("colour", "shape", "size") if name != attribute))
     others = [thing for thing in scene.things if thing is not asked]
-    fitting = [thing for thing in _THINGS if getattr(thing, named) == getattr(asked, named)]
+    fitting = [thing for thing in _THINGS if getattr(thing, attribute) == getattr(asked, attribute)]
     hard = (_text(captions.phrase(thing, "en")) for thing in (*near, *others, *fitting))
     return _Question(query, _text(captions.phrase(asked, "en")), hard)
 
 
-def _ways(scene: Scene) -> list[tuple[Thing, str]]:
-    """Return the things that a question can be about, each with the attributes by which it can ask."""
-    return [(thing, name) for thing in _askable(scene) for name in vqa.identifying(scene, thing)]
+def _named_things(scene: Scene) -> list[tuple[Thing, str]]:
+    """Return the things that a visual question can be about, with each attribute of `_VQA` that only they have."""
+    return [
+        (thing, name)
+        for thing in _askable(scene)
+        for name in _VQA
+        if all(getattr(thing, name) != getattr(other, name) for other in scene.things if other is not thing)
+    ]
 
 
 def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
