@@ -6,7 +6,7 @@ https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first candidate of a ro
 """
 
 import json
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain, islice, product
@@ -53,6 +53,10 @@ QUERIES = 200
 POOL = 200  # scenes for the easier candidates of an evaluation set; few, so that encoding is fast
 HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
 HARD_CROPS = 3  # crops of the query's scene or of a variant
+
+# Attribute that a visual question names -> its wording.
+_VQA = {"colour": "What is {}?", "shape": "What does the {} look like?"}
+_THINGS = tuple(Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))  # one of each look
 
 # Independent random streams: the candidates of a row do not depend on the scenes of other rows.
 _STREAMS = [*(f"{name} train" for name in DATASETS), *TASKS, *(f"{name} candidates" for name in TASKS)]
@@ -149,14 +153,19 @@ def _rng(stream: str, seed: int, index: int) -> np.random.Generator:
 def _ask(dataset: str, split: Split, rng: np.random.Generator) -> _Question:
     """Draw a scene and ask the dataset's question about it."""
     one_large = dataset == "Scene-CLS"
-    if split == "held-out":  # a scene with a held-out combination is never in training
-        scene = random_scene(rng, held_out=True, one_large=one_large)
-    else:
-        scene = scene_of_part(rng, reserved=split == "in-distribution", one_large=one_large)
+    scene = _scene(split, rng, one_large)
+    while dataset == "Scene-VQA" and not _named_things(scene):
+        scene = _scene(split, rng, one_large)
     if dataset == "Scene-Ground":
         # All scenes have the same background: otherwise it would reveal which crops are from the same scene.
         scene = replace(scene, background=next(iter(BACKGROUNDS)))
     return _QUESTIONS[dataset](scene, split, rng)
+
+
+def _scene(split: Split, rng: np.random.Generator, one_large: bool) -> Scene:
+    if split == "held-out":  # a scene with a held-out combination is never in training
+        return random_scene(rng, held_out=True, one_large=one_large)
+    return scene_of_part(rng, reserved=split == "in-distribution", one_large=one_large)
 
 
 def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -167,12 +176,30 @@ def _classification(scene: Scene, split: Split, rng: np.random.Generator) -> _Qu
 
 
 def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
-    asked = _asked(scene, rng)
-    query = _Side(f"{IMAGE_MARK}\nAnswer: what is at the {asked.place}?\n", _Picture(scene))
-    near = _near(asked, split, rng, ("colour", "shape", "size"))
-    others = (thing for thing in scene.things if thing is not asked)
-    hard = [_text(captions.phrase(thing, "en")) for thing in (*near, *others)]
+    """Ask about a thing by its colour or shape, which the answer repeats: "What is red?", "a small red star".
+
+    In a few hundred steps, the demo's model learns to combine what the question names with what the picture shows. It
+    does not learn to look for a thing: asked what is at the top left, it chooses among the scene's things by chance.
+    """
+    named = _named_things(scene)
+    asked, attribute = named[rng.integers(len(named))]
+    query = _Side(f"{IMAGE_MARK}\n{_VQA[attribute].format(getattr(asked, attribute))}\n", _Picture(scene))
+    # The question fits the things in `near` and `fitting` as well as the right one; the picture shows `others`, too.
+    near = _near(asked, split, rng, tuple(name for name in ("colour", "shape", "size") if name != attribute))
+    others = [thing for thing in scene.things if thing is not asked]
+    fitting = [thing for thing in _THINGS if getattr(thing, attribute) == getattr(asked, attribute)]
+    hard = (_text(captions.phrase(thing, "en")) for thing in (*near, *others, *fitting))
     return _Question(query, _text(captions.phrase(asked, "en")), hard)
+
+
+def _named_things(scene: Scene) -> list[tuple[Thing, str]]:
+    """Return the things that a visual question can be about, with each attribute of `_VQA` that only they have."""
+    return [
+        (thing, name)
+        for thing in _askable(scene)
+        for name in _VQA
+        if all(getattr(thing, name) != getattr(other, name) for other in scene.things if other is not thing)
+    ]
 
 
 def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
@@ -208,8 +235,13 @@ _QUESTIONS = {
 
 def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
     """Draw the thing that a question is about, a held-out one if there is any."""
-    things = [thing for thing in scene.things if thing.held_out] or scene.things
+    things = _askable(scene)
     return things[rng.integers(len(things))]
+
+
+def _askable(scene: Scene) -> Sequence[Thing]:
+    """Return the things that a question can be about: the held-out ones if there are any."""
+    return [thing for thing in scene.things if thing.held_out] or scene.things
 
 
 def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
@@ -256,11 +288,10 @@ def _named(question: _Question, stem: str) -> _Question:
 
 def _pool(dataset: str, questions: list[_Question]) -> list[_Side]:
     """Return the pool of a dataset's easier candidates."""
-    things = (Thing(*words, place="top left") for words in product(COLOURS, SHAPES, SIZES))
     if dataset == "Scene-CLS":
-        return [_text(captions.label(thing)) for thing in things]
+        return [_text(captions.label(thing)) for thing in _THINGS]
     if dataset == "Scene-VQA":
-        return [_text(captions.phrase(thing, "en")) for thing in things]
+        return [_text(captions.phrase(thing, "en")) for thing in _THINGS]
     if dataset == "Scene-Ground":
         return [side for question in questions for side in (question.right, *question.hard)]
     return [question.right for question in questions]
