@@ -21,8 +21,15 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tensorboard.program import TensorBoard
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pipeline  # its Embedder is imported when it is first used: the pages are shown before
+from pipeline.demo.tasks import FIND_IMAGE, REPRESENT_IMAGE, captioned_pictures
 from pipeline.errors import PipelineError, disk_errors, printable
 from pipeline.jobs.program import command_line
 from pipeline.jobs.status import Status
@@ -56,23 +63,20 @@ class Search:
     """A search among the pictures of the demo's evaluation set Scene-T2I, which are written to RUN/tour."""
 
     def __init__(self, run: Path) -> None:
-        from pipeline import Embedder
-        from pipeline.demo.tasks import FIND_IMAGE, REPRESENT_IMAGE, captioned_pictures
-
-        self.folder, self._query = run / "tour", FIND_IMAGE
+        self.folder = run / "tour"
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             self.captions = {}
             for number, (caption, png) in enumerate(captioned_pictures(SEED)):
                 (self.folder / f"{number:03d}.png").write_bytes(png)
                 self.captions[f"{number:03d}.png"] = caption
-        self._embedder = Embedder.load(run / "export")
+        self._embedder = pipeline.Embedder.load(run / "export")
         items = [{"text": REPRESENT_IMAGE, "images": [self.folder / file]} for file in self.captions]
         self._vectors = self._embedder.embed(items)
 
     def nearest(self, sentence: str) -> list[Match]:
         """Return the most similar pictures, the most similar first. Raises PipelineError for a text with marks."""
-        query = self._embedder.embed([self._query.format(sentence)])[0]
+        query = self._embedder.embed([FIND_IMAGE.format(sentence)])[0]
         values, rows = (self._vectors @ query).topk(TOP)
         files = list(self.captions)
         found = zip(values.tolist(), rows.tolist(), strict=True)
@@ -144,8 +148,6 @@ class _Files(SimpleHTTPRequestHandler):
 
 def tensorboard(run: Path) -> str:
     """Start TensorBoard in a thread of this process, with which it ends. Returns its address."""
-    from tensorboard.program import TensorBoard
-
     board = TensorBoard()
     where = [f"--logdir={run / 'tensorboard'}", "--host=127.0.0.1", "--port=0"]
     board.configure(["tensorboard", *where, "--load_fast=false"])  # the fast loader would be another process
@@ -164,10 +166,6 @@ def sentences() -> Iterator[str]:
 
 def show(sentence: str, matches: list[Match], folder: Path) -> None:
     """Print the found pictures as a table."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title=Text(printable(sentence)), title_justify="left", title_style="bold")
     table.add_column("similarity", justify="right")
     table.add_column("what the picture shows")
