@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tensorboard.program import TensorBoard
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -101,9 +102,10 @@ def main() -> None:
         forwards = " ".join(f"-L {port}:127.0.0.1:{port}" for port in map(_port, pages.values()))
         print(f"If these do not open where you sit, run there: ssh {forwards} you@{socket.gethostname()}")
     print("\nLoading the model ...", flush=True)
+    disable_progress_bar()
     search = Search(run)
     found: list[tuple[str, list[Match]]] = []
-    print(f"It finds pictures among {len(search.captions)} that it was not trained on. For example:")
+    print(f"Describe one of {len(search.captions)} pictures that it was not trained on, for example:")
     print(f"  {next(iter(search.captions.values()))}")
     for sentence in sentences():
         try:
@@ -111,10 +113,10 @@ def main() -> None:
         except PipelineError as error:
             print(printable(str(error)))
             continue
-        show(*found[0], search.folder)
+        show(*found[0])
         with disk_errors(search.folder):
             (search.folder / "search.html").write_text(page(found), encoding="utf-8", errors="replace")
-        print(f"With the pictures: {site}/tour/search.html")
+        print(f"The pictures, which are in {search.folder}: {site}/tour/search.html")
         if has_browser and len(found) == 1:
             webbrowser.open(f"{site}/tour/search.html")
     print(NEXT.format(run=run))
@@ -164,15 +166,15 @@ def sentences() -> Iterator[str]:
     print()
 
 
-def show(sentence: str, matches: list[Match], folder: Path) -> None:
+def show(sentence: str, matches: list[Match]) -> None:
     """Print the found pictures as a table."""
     table = Table(title=Text(printable(sentence)), title_justify="left", title_style="bold")
     table.add_column("similarity", justify="right")
     table.add_column("what the picture shows")
     table.add_column("file", no_wrap=True)
     for match in matches:
-        table.add_row(f"{match.similarity:.3f}", match.caption, str(folder / match.file))
-    console = Console() if sys.stdout.isatty() else Console(width=140)  # a log file has no width
+        table.add_row(f"{match.similarity:.3f}", match.caption, match.file)
+    console = Console() if sys.stdout.isatty() else Console(width=120)  # a log file has no width
     console.print()
     console.print(table)
 

@@ -1,6 +1,6 @@
 """Files for TensorBoard's embedding projector: some queries of each evaluation set, and their right answers.
 
-    FOLDER/projector_config.pbtxt         names the vectors that there are, the latest first
+    FOLDER/projector_config.pbtxt         names the vectors that there are
     FOLDER/projector/NAME/vectors.bytes   (N, D) float32
     FOLDER/projector/NAME/labels.tsv      of each row: the item, its dataset, and whether it is a query or an answer
     FOLDER/projector/NAME/sprite.png      a small picture of each row
@@ -39,7 +39,7 @@ def write_projector(
 ) -> None:
     """Write vectors, labels and pictures under `name`, in the place of those that it had.
 
-    folder: of a run of TensorBoard.  name: a later one sorts after an earlier one.
+    folder: of a run of TensorBoard.
     take: rows of the collection -> (n, D) unit vectors.  queries: of each task, evenly spaced.
 
     Raises PipelineError if the folder cannot be written.
@@ -97,9 +97,9 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _config(folder: Path) -> str:
-    """Return the configuration of all vectors in the folder, the last name first: TensorBoard shows the first."""
+    """Return the configuration of all vectors in the folder."""
     config = ProjectorConfig()
-    for place in sorted((folder / "projector").glob("[!.]*"), reverse=True):
+    for place in sorted((folder / "projector").glob("[!.]*")):
         rows = (place / _LABELS).read_bytes().count(b"\n") - 1
         numbers = (place / _VECTORS).stat().st_size // 4
         below = place.relative_to(folder)

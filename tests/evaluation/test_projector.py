@@ -64,7 +64,7 @@ def test_projector_shows_vectors_labels_and_pictures_of_each_evaluation(collecti
         write_projector(tmp_path, f"step-{step:08d}", collection, vectors[step].__getitem__, queries=2)
     assert json.loads(asked(tmp_path, "/runs")) == ["."]
     shown = json.loads(asked(tmp_path, "/info"))["embeddings"]
-    assert [each["tensorName"] for each in shown] == ["step-00000100", "step-00000000"]
+    assert [each["tensorName"] for each in shown] == ["step-00000000", "step-00000100"]
     assert [each["tensorShape"] for each in shown] == [[6, 24], [6, 24]]
     for step, of_step in vectors.items():
         read = asked(tmp_path, "/tensor", name=f"step-{step:08d}")
