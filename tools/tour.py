@@ -106,7 +106,7 @@ def main() -> None:
     search = Search(run)
     found: list[tuple[str, list[Match]]] = []
     print(f"Describe one of {len(search.captions)} pictures that it was not trained on, for example:")
-    print(f"  {next(iter(search.captions.values()))}")
+    print(f"  {next(iter(search.captions.values()))}\n")
     for sentence in sentences():
         try:
             found.insert(0, (sentence, search.nearest(sentence)))
@@ -116,7 +116,7 @@ def main() -> None:
         show(*found[0])
         with disk_errors(search.folder):
             (search.folder / "search.html").write_text(page(found), encoding="utf-8", errors="replace")
-        print(f"The pictures, which are in {search.folder}: {site}/tour/search.html")
+        print(f"The pictures, which are in {search.folder}: {site}/tour/search.html\n")
         if has_browser and len(found) == 1:
             webbrowser.open(f"{site}/tour/search.html")
     print(NEXT.format(run=run))
@@ -161,9 +161,8 @@ def sentences() -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401 (arrow keys)
     with suppress(EOFError):
-        while sentence := input("\nA sentence (empty: end): ").strip():
+        while sentence := input("A sentence (empty: end): ").strip():
             yield sentence
-    print()
 
 
 def show(sentence: str, matches: list[Match]) -> None:
