@@ -21,6 +21,9 @@ program is killed and started again, it continues from the embeddings there.
 
 dimensions=[64,256] and vectors=[int8,binary] score smaller vectors, too: cut to these sizes, with candidates rounded to
 these types. Queries are cut, and stay float32. No item is embedded again for this.
+
+projector=20 writes 20 queries of each dataset, and their right answers, for TensorBoard's embedding projector: start
+`tensorboard --logdir OUT/tensorboard`. Of an evaluation that is complete, no item is embedded again.
 """
 
 import argparse
@@ -39,6 +42,7 @@ from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import load_encoder
 from pipeline.evaluation.html import write_report
 from pipeline.evaluation.measure import measure
+from pipeline.evaluation.projector import write_projector
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.store import DiskStore, held
 from pipeline.evaluation.terminal import print_report
@@ -84,6 +88,9 @@ def main() -> None:
         write_report(result, out, before)
         print_report(result, before)
         print(f"the report: {out}/report.html")
+        if options.projector:
+            write_projector(out / "tensorboard", _plain(arguments.model), collection, store.take, options.projector)
+            print(f"the embedding projector: tensorboard --logdir {out}/tensorboard")
 
     with ExitStack() as stack:
 

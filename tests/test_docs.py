@@ -11,6 +11,7 @@ import shlex
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -19,6 +20,7 @@ from mkdocs.config import load_config
 
 from pipeline.config import EvaluationRun, MiningRun, load_recipe, parse_options
 from tools.recipe_fields import PAGE, page
+from tools.site_hooks import on_page_markdown
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md"))
@@ -76,6 +78,12 @@ def test_site_loads_nothing_from_the_network(site):
         link for found in site.values() for link in found.loaded if urlsplit(link).scheme not in ("", "data")
     } == set()
     assert "recipe-fields.html" in site and "source/pipeline/models/registry.py.html" in site
+
+
+def test_bars_in_code_in_tables_have_no_backslash_in_the_site():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    shown = on_page_markdown("| `<\\|end\\|>` | a \\| b |\n\nbelow `a \\| b`", page, None, None)
+    assert shown == "| `<|end|>` | a \\| b |\n\nbelow `a \\| b`"
 
 
 def test_page_of_recipe_fields_is_current():

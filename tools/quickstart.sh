@@ -2,11 +2,20 @@
 # Train a tiny LLaVE on synthetic images from a real S3 server, and print what it learned. See README.md.
 #
 #   bash tools/quickstart.sh [key=value ...]      fields of pipeline/recipes/demo.yaml, e.g. steps=50
+#   bash tools/quickstart.sh --tour               look at the result: report, TensorBoard, a search by sentences
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh
 
-case "${1:-}" in -h | --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit ;; esac
+case "${1:-}" in
+    -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit ;;
+    --tour)
+        [ $# = 1 ] || setup_failed "--tour takes no fields: it shows the run that the last quickstart made"
+        [ -d runs/quickstart ] || setup_failed "there is no runs/quickstart to look at: bash tools/quickstart.sh makes it"
+        setup_environment
+        exec python tools/tour.py runs/quickstart
+        ;;
+esac
 for override in "$@"; do
     case $override in run=*) setup_failed "the quickstart always writes runs/quickstart from scratch; leave out $override" ;; esac
 done
@@ -43,3 +52,4 @@ echo "Without the set-up this took $((SECONDS - began)) seconds."
 echo "The run, with its exported model:  $run"
 echo "Its report:                        $run/report/report.html"
 echo "Its curves:                        .venv/bin/tensorboard --logdir $run/tensorboard"
+echo "Look at all of it, and search:     bash tools/quickstart.sh --tour"

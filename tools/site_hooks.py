@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs"
 PICTURES = (".png", ".svg")
 _FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+_ROWS, _CODE = re.compile(r"^\|.*", re.MULTILINE), re.compile(r"`[^`]+`")
 _LINKS = re.compile(r"""(\]\()([^)\s]+)(\))|((?:src|href)=")([^"]+)(")""")
 
 
@@ -41,6 +42,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return markdown
+    # In code in a table, GitHub needs a backslash before a bar, which Python-Markdown would show.
+    markdown = _ROWS.sub(lambda row: _CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), markdown)
     source = f"{DOCS}/{uri}" if (ROOT / DOCS / uri).exists() else uri
     here = posixpath.dirname(uri)
     return _with_links(markdown, source, lambda path: posixpath.relpath(_uri(path), here))

@@ -64,3 +64,9 @@ class EvaluationRun(Encoding):
     vectors: list[Literal["int8", "binary"]] = Field(
         [], description="types of candidates' vectors to score besides float32, at full size and at `dimensions`"
     )
+    projector: int = Field(
+        0,
+        ge=0,
+        description="write this many queries of each dataset, and their right answers, to OUT/tensorboard for "
+        "TensorBoard's embedding projector; 0: none",
+    )

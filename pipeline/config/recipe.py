@@ -207,6 +207,12 @@ class Evaluation(Section):
         description="steps between evaluations; a run also evaluates before the first and after the last step. "
         "llm2clip loads its text encoder for each evaluation",
     )
+    projector: int = Field(
+        0,
+        ge=0,
+        description="each evaluation writes this many queries of each dataset, and their right answers, for "
+        "TensorBoard's embedding projector; 0: none",
+    )
 
 
 class Checkpoint(Section):

@@ -53,6 +53,8 @@ QUERIES = 200
 POOL = 200  # scenes for the easier candidates of an evaluation set; few, so that encoding is fast
 HARD_SCENES = 6  # one-attribute variants among the candidates of a retrieval query
 HARD_CROPS = 3  # crops of the query's scene or of a variant
+FIND_IMAGE = "Find the image: {}\n"  # how Scene-T2I asks for the image with a caption
+REPRESENT_IMAGE = f"{IMAGE_MARK}\nRepresent the image.\n"  # the text of such an image
 
 # Attribute that a visual question names -> its wording.
 _VQA = {"colour": "What is {}?", "shape": "What does the {} look like?"}
@@ -139,6 +141,14 @@ def evaluation_files(seed: int, count: int = QUERIES) -> Iterator[tuple[str, byt
     yield "tasks.json", (json.dumps(tasks, indent=2) + "\n").encode()
 
 
+def captioned_pictures(seed: int, count: int = QUERIES) -> Iterator[tuple[str, bytes]]:
+    """Yield (caption, PNG) of the pictures that the queries of the evaluation set Scene-T2I ask for."""
+    for index in range(count):
+        picture = _ask("Scene-T2I", "in-distribution", _rng("Scene-T2I", seed, index)).right.picture
+        assert picture
+        yield captions.short(picture.scene, "en"), picture.png()
+
+
 def parquet_of(rows: list[dict[str, Any]]) -> bytes:
     """Write rows in MMEB's form as a parquet file."""
     buffer = BytesIO()
@@ -203,7 +213,7 @@ def _named_things(scene: Scene) -> list[tuple[Thing, str]]:
 
 
 def _text_to_image(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
-    query = _Side(f"Find the image: {captions.short(scene, 'en')}\n")
+    query = _Side(FIND_IMAGE.format(captions.short(scene, "en")))
     hard = (_image(other, f"-v{i}") for i, other in enumerate(_siblings(scene, split, rng), 1))
     return _Question(query, _image(scene), hard)
 
@@ -262,7 +272,7 @@ def _text(text: str) -> _Side:
 
 
 def _image(scene: Scene, name: str = "") -> _Side:
-    return _Side(f"{IMAGE_MARK}\nRepresent the image.\n", _Picture(scene, name), scene.content)
+    return _Side(REPRESENT_IMAGE, _Picture(scene, name), scene.content)
 
 
 def _caption(scene: Scene) -> _Side:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL.Image import Image as Picture
 
-from pipeline.data.sample import BadSample
+from pipeline.data.sample import BadSample, Item
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
 from pipeline.evaluation.encoder import without_marks
@@ -82,23 +82,38 @@ def _case(shown: Callable[[int], Shown], task: Task, scores: Scores, query: int)
     )
 
 
-def _shown(collection: Collection, row: int) -> Shown:
-    """Return an item with a thumbnail of its first image, or of the middle frame of its video."""
-    item, name = collection.items[row](), collection.names[row]
-    text, picture = without_marks(item.text), ""
+def name_of(item: Item, name: str) -> str:
+    """Return how an item is named for display: its text, and the name of its picture or video if it has one."""
+    text, seen = without_marks(item.text), item.images or item.video is not None
+    return f"{text} ({name})" if text and seen else name
+
+
+def thumbnail(item: Item, pixels: int) -> Picture | None:
+    """Return an item's first image, or the middle frame of its video, as RGB with sides of `pixels` at most, or None.
+
+    A picture that cannot be decoded is None, too: a user's encoder may support more formats.
+    """
     try:
         if item.images:
-            picture = _jpeg(decode_image(item.images[0]))
+            picture = decode_image(item.images[0])
         elif item.video is not None:
-            picture = _jpeg(sample_frames(item.video, 3)[1])
-    except BadSample:  # a user's encoder may support more formats
-        pass
-    seen = item.images or item.video is not None
-    return Shown(f"{text} ({name})" if text and seen else name, picture)
+            picture = sample_frames(item.video, 3)[1]
+        else:
+            return None
+    except BadSample:
+        return None
+    picture.thumbnail((pixels, pixels))
+    return picture.convert("RGB")
+
+
+def _shown(collection: Collection, row: int) -> Shown:
+    """Return an item with a thumbnail."""
+    item = collection.items[row]()
+    picture = thumbnail(item, _PIXELS)
+    return Shown(name_of(item, collection.names[row]), _jpeg(picture) if picture else "")
 
 
 def _jpeg(picture: Picture) -> str:
-    picture.thumbnail((_PIXELS, _PIXELS))
     data = BytesIO()
-    picture.convert("RGB").save(data, "JPEG", quality=75)
+    picture.save(data, "JPEG", quality=75)
     return base64.b64encode(data.getvalue()).decode()

@@ -13,6 +13,7 @@ from pipeline.distributed import on_first_rank
 from pipeline.evaluation.encode import embed_collection
 from pipeline.evaluation.encoders import ModelEncoder
 from pipeline.evaluation.measure import measure
+from pipeline.evaluation.projector import write_projector
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.sets import Collection
 from pipeline.evaluation.store import MemoryStore
@@ -54,8 +55,9 @@ class Evaluation:
         dist.broadcast(due, 0)  # on a shared file system another rank may not yet see it
         return bool(due)
 
-    def report(self, chunk_tokens: int) -> Report | None:
-        """Return a report on the current weights, on the first rank; None on others, and if interrupted. Collective.
+    def report(self, step: int, chunk_tokens: int) -> Report | None:
+        """Return a report on the weights after `step` steps, on the first rank, and write the vectors that TensorBoard
+        shows. None on others, and if interrupted. Collective.
 
         chunk_tokens: as in training, which has room for them.
         """
@@ -70,7 +72,11 @@ class Evaluation:
         forms = smaller_forms(dimension, objective.sizes, [objective.rounding] if objective.rounding else [])
 
         def score() -> Report | None:
-            return measure(name, collection, store.take, forms=forms, device=device) if store else None
+            if store is None:
+                return None
+            if self.recipe.evaluation and (queries := self.recipe.evaluation.projector):
+                write_projector(Path(name, "tensorboard"), f"step-{step:08d}", collection, store.take, queries)
+            return measure(name, collection, store.take, forms=forms, device=device)
 
         report = on_first_rank(score, "the scores")
         return report if store else None

@@ -319,7 +319,7 @@ class Trainer:
             self.report.of_checkpoint(self.checkpoints)
 
     def _evaluate(self, step: int) -> None:
-        report = self.evaluation.report(self.budget.chunk_tokens)
+        report = self.evaluation.report(step, self.budget.chunk_tokens)
         self._finish_save()
         if report:
             if report.collapsed:

@@ -183,6 +183,13 @@ def test_rows_do_not_depend_on_count() -> None:
     assert len(many) == 220
 
 
+def test_captioned_pictures_are_those_that_queries_ask_for() -> None:
+    rows, pictures = evaluated("Scene-T2I")
+    for row, (caption, png) in zip(rows[:40], tasks.captioned_pictures(SEED, 40), strict=True):
+        assert row["qry_text"] == tasks.FIND_IMAGE.format(caption)
+        assert png == pictures[row["tgt_img_path"][0]]
+
+
 @pytest.mark.slow
 def test_evaluation_files_are_deterministic() -> None:
     assert list(tasks.evaluation_files(SEED, 1)) == list(tasks.evaluation_files(SEED, 1))

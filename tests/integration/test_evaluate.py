@@ -65,7 +65,7 @@ def embedded(out: Path) -> list[bytes]:
 @pytest.fixture(scope="module")
 def alone(tiny_model, mmeb, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("evaluations") / "alone"
-    ended = launch(command(tiny_model, mmeb, out, "dimensions=[16]", "vectors=[binary]"), world=1)
+    ended = launch(command(tiny_model, mmeb, out, "dimensions=[16]", "vectors=[binary]", "projector=1"), world=1)
     assert ended.status == [0], ended.output[-4000:]
     assert "means (%) by size and type of the vectors" in ended.output
     return out
@@ -81,6 +81,13 @@ def test_all_36_datasets_are_scored_and_items_embedded_once(alone):
     board = json.loads((alone / "leaderboard.json").read_text())
     assert len(board["metrics"]["image"]) == 36
     assert (alone / "report.html").stat().st_size > 100_000
+
+
+def test_projector_has_a_query_of_each_dataset_and_its_answer(alone):
+    (folder,) = (alone / "tensorboard/projector").iterdir()
+    lines = (folder / "labels.tsv").read_text().splitlines()[1:]
+    assert {line.split("\t")[1] for line in lines if line.endswith("query")} == {*NAMES}
+    assert (folder / "vectors.bytes").stat().st_size == 4 * 48 * len(lines)
 
 
 def test_other_sizes_and_types_are_scored(alone):

@@ -1,4 +1,4 @@
-"""Which forms of the vectors an evaluation during training scores."""
+"""Which forms of the vectors an evaluation during training scores, and which it shows in TensorBoard."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.config import load_recipe
+from pipeline.data.sample import Item
 from pipeline.evaluation.tasks import Collection, Ranking
 from pipeline.training import evaluation as module
 from pipeline.training.evaluation import Evaluation
@@ -18,6 +19,7 @@ VECTORS = np.eye(8, dtype=np.float32)[[0, 1, 0, 1]]
     ("fields", "forms"),
     [
         ([], []),
+        (["evaluation.projector=1"], []),
         (["objective.dimensions=[2,4,8]"], ["8 float32", "4 float32", "2 float32"]),
         (["objective.quantized=int8"], ["8 float32", "8 int8"]),
         (
@@ -26,10 +28,10 @@ VECTORS = np.eye(8, dtype=np.float32)[[0, 1, 0, 1]]
         ),
     ],
 )
-def test_vectors_are_scored_in_the_forms_that_are_trained(fields, forms, monkeypatch):
+def test_vectors_are_scored_in_the_forms_that_are_trained(fields, forms, tmp_path, monkeypatch):
     collection = Collection()
     for number in range(4):
-        collection.row(bytes([number]) * 16, str(number), lambda: None)
+        collection.row(bytes([number]) * 16, str(number), lambda: Item("a text"))
     lists = [np.array([2, 3]), np.array([3, 2])]
     collection.tasks.append(Ranking("QA", "vqa", True, np.array([0, 1]), lists))
 
@@ -41,8 +43,11 @@ def test_vectors_are_scored_in_the_forms_that_are_trained(fields, forms, monkeyp
     monkeypatch.setattr(module, "on_first_rank", lambda work, what: work())
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
     engine = SimpleNamespace(module=SimpleNamespace(dimension=8), device=torch.device("cpu"))
-    evaluation = Evaluation(load_recipe("demo.yaml", fields), collection, 1, engine, None, None, lambda: False)
+    recipe = load_recipe("demo.yaml", [*fields, f"run={tmp_path}"])
+    evaluation = Evaluation(recipe, collection, 1, engine, None, None, lambda: False)
     evaluation._reader_and_features = (None, None)
-    report = evaluation.report(100)
+    report = evaluation.report(7, 100)
     assert report.score == 1
     assert [str(variant.form) for variant in report.variants] == forms
+    shown = [path.name for path in tmp_path.glob("tensorboard/projector/*")]
+    assert shown == (["step-00000007"] if fields == ["evaluation.projector=1"] else [])
