@@ -67,7 +67,7 @@ class Dashboard:
 
     def scalars(self, values: Iterable[tuple[Scalar, float]], step: int) -> None:
         """Write values, all in one event. The first of each tag carries its description."""
-        summary, all_shown = Summary(), {}
+        summary, all_shown, before = Summary(), {}, len(self._shown)
         for scalar, value in values:
             metadata = None
             if scalar.tag not in self._shown:
@@ -79,9 +79,9 @@ class Dashboard:
             summary.value.add(tag=scalar.tag, simple_value=shown, metadata=metadata)
         with disk_errors(self._folder):
             self._add(summary, step)
-            if (found := charts(self._shown)) != self._charts:  # TensorBoard shows the last layout
+            if len(self._shown) > before and (found := charts(self._shown)) != self._charts:
                 self._charts = found
-                self._board.add_custom_scalars(found)
+                self._board.add_custom_scalars(found)  # TensorBoard shows the last layout
         if self._trackers:
             self._trackers.log(all_shown, step)
 

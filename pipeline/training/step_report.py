@@ -17,7 +17,7 @@ from pipeline.models.family import Processor
 from pipeline.objectives.objective import StepResult
 from pipeline.phases import take_seconds
 from pipeline.training import checkpoint, part_norms, pictures, resume
-from pipeline.training.alarms import Alarms, nearly_full
+from pipeline.training.alarms import Alarms
 from pipeline.training.budget import Budget, Meter
 from pipeline.training.engine import part_rates
 from pipeline.training.monitor import Monitor
@@ -86,12 +86,6 @@ class StepReport:
             rows = pictures.hardest(batch, result.embeddings, self._processor.shown)
             if rows:
                 monitor.pictures(done, rows)
-
-    def of_checkpoint(self, checkpoints: Path) -> None:
-        """Warn if the next checkpoint will not fit on the disk. The first rank calls it after one is whole."""
-        newest = next(iter(checkpoint.candidates(checkpoints)), None)
-        if newest and (alarm := nearly_full(checkpoints, newest)):
-            logger.warning(alarm)
 
     def _counts(self, batch: Batch) -> dict[str, float]:
         """Return this rank's pairs of each dataset, if there are several."""
