@@ -59,11 +59,13 @@ class Dashboard:
         else:
             self._excepthook(ended)
 
-    def close(self, *, failed: bool) -> None:
-        self._board.close()
-        threading.excepthook = self._excepthook
+    def end_trackers(self, *, failed: bool) -> None:
         if self._trackers:
             self._trackers.end(failed)
+
+    def close(self) -> None:
+        self._board.close()
+        threading.excepthook = self._excepthook
 
     def scalars(self, values: Iterable[tuple[Scalar, float]], step: int) -> None:
         """Write values, all in one event. The first of each tag carries its description."""
