@@ -76,7 +76,7 @@ def test_planted_faults_are_named_as_what_they_are(s3, tiny_model, disk, monkeyp
         ended = wait(ranks, after_failure=0)
     assert ended.status[0] == 2, ended.output[-4000:]
     said = next(line for line in ended.output.splitlines() if line.startswith("error"))
-    assert "step 7: loss nan, gradient norm inf, and so in 3 steps in a row, from step 5 on" in said
+    assert "step 7: loss nan on rank 1, gradient norm inf, and so in 3 steps in a row, from step 5 on" in said
     assert f"the last checkpoint before that is {run}/checkpoints/step-00000004" in said
     status = Status.read(run)
     assert status.state == State.FAILED and "optimizer.patience=2" in status.reason
@@ -85,7 +85,7 @@ def test_planted_faults_are_named_as_what_they_are(s3, tiny_model, disk, monkeyp
 
     warnings = [line["text"] for line in watch.lines(run / "warnings.jsonl")]
     assert [text.partition(":")[0] for text in warnings if "is skipped" in text] == ["step 3", "step 5", "step 6"]
-    assert warnings[-1].startswith("the run failed: step 7: loss nan")
+    assert warnings[-1].startswith("the run failed: step 7: loss nan on rank 1")
     assert sum("the source of the data is slow: a rank waits" in text for text in warnings) == 1
     if disk.is_mount():
         assert sum(f"the disk of {run}/checkpoints has" in text for text in warnings) == 1
