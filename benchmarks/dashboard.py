@@ -13,6 +13,8 @@ and the last one are not counted.
                        process's CPU time, with TensorBoard's thread; and of time, which other programs lengthen
     part by part       CPU time inside the functions that only the dashboard calls, and of TensorBoard's thread
     pictures           are not in the blocks: the last step's are drawn and written several times
+    offload            the optimizer has its gradients in the host's memory, and their norms by part read them once
+                       more: CPU time for --offloaded numbers, beside that of DeepSpeed's CPU Adam
 
 The share of a step is the sum of the parts, with pictures in every 200th step. Most of it does not depend on the
 model, so that its share of a longer step is smaller: the last line says what it would be of a step of ten seconds.
@@ -34,6 +36,8 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from rich.console import Console
 from rich.table import Table
 
@@ -232,11 +236,31 @@ def parts_of(run: Measured, count: int) -> dict[str, float]:
     return found | {f"pictures, {1e3 * each:.0f} ms in every {PICTURES_EVERY}th step": each / PICTURES_EVERY}
 
 
+def of_offload(count: int) -> tuple[float, float]:
+    """Return the CPU time of the norms of `count` gradients, and of an optimizer step with them; medians of five."""
+    weights = torch.zeros(count, requires_grad=True)
+    weights.grad = torch.ones(count)
+    optimizer = DeepSpeedCPUAdam([{"params": [weights], "part": "all"}])
+    norms, times = PartNorms(optimizer, ["all"]), []
+    optimizer.register_step_pre_hook(lambda *_: times.append(time.process_time()))  # after that of the norms
+    for _ in range(6):  # the first allocates
+        times.append(time.process_time())
+        optimizer.step()
+        times.append(time.process_time())
+    assert norms.take()["all"] > 0
+    begins, middles, ends = (times[n + 3 :: 3] for n in range(3))
+    return tuple(
+        statistics.median(after - before for before, after in zip(*each, strict=True))
+        for each in ((begins, middles), (middles, ends))
+    )
+
+
 @command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="a new folder for data and run")
     parser.add_argument("--blocks", type=int, default=60, metavar="N", help="of ten steps; at least 8 (60)")
+    parser.add_argument("--offloaded", type=int, default=50_000_000, metavar="N", help="gradients (50,000,000)")
     arguments = parser.parse_args()
     if arguments.work.exists() or arguments.blocks < 8:
         raise PipelineError("--work must name a new folder, and --blocks be at least 8")
@@ -250,6 +274,8 @@ def main() -> None:
     for part, seconds in [*sorted(found.items(), key=lambda item: -item[1]), ("all", whole)]:
         by_part.add_row(part, f"{1e3 * seconds:.3f}", f"{100 * seconds / step:.3f}")
     Console(width=140).print(whole_steps, by_part)
+    norms, adam = (1e9 * seconds / arguments.offloaded for seconds in of_offload(arguments.offloaded))
+    print(f"offload: the norms take {norms:.3f} ns a gradient, CPU Adam {adam:.3f} ns")
     print(f"{1e3 * whole:.2f} ms: {whole / step:.2%} of this step, {whole / LONG_STEP:.3%} of one of {LONG_STEP:g} s")
 
 
