@@ -119,7 +119,7 @@ def without(
     report: StepReport, done: int, batch: Batch, result: ContrastiveResult, *_: object, began: float, **__: object
 ) -> None:
     """Stand for `StepReport.of_step`: write the step's loss and time."""
-    monitor, loss = report._monitor, float(result.loss.loss)
+    monitor, loss = report._monitor, float(result.loss.loss.detach())
     if not math.isfinite(loss):
         raise PipelineError(f"step {done}: loss {loss}")
     take_seconds()

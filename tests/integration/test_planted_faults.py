@@ -55,7 +55,7 @@ def slow_source(run: Path) -> Callable[[int, str, str], None]:
             return
         with lock:
             work = [line["seconds"] - line["waiting_for_data"] for line in watch.lines(run / "speed.jsonl")]
-            free_at = max(free_at, time.monotonic()) + max(0.2, *work[-1:])
+            free_at = max(free_at, time.monotonic()) + max([0.2, *work[-1:]])
             seconds = free_at - time.monotonic()
         time.sleep(seconds)
 
