@@ -35,6 +35,7 @@ _MOST_WAITING = 1000  # calls, of a step each, that wait for a tracker
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _calling: set[int] = set()  # threads in a call of a tracker
+_keeping = threading.Lock()  # held while _IDS is written
 
 
 def check(names: Sequence[str]) -> None:
@@ -55,10 +56,11 @@ class Trackers:
     """The trackers of one start of a run. `log` never waits."""
 
     def __init__(self, names: Sequence[str], run: Path, config: Mapping[str, float | str | bool]) -> None:
-        self._callers = [_Caller(name, partial(_KINDS[name], run, config)) for name in names]
+        self._callers = []
         until = time.monotonic() + _BEGIN_SECONDS
-        for caller in self._callers:
-            caller.await_begin(until)
+        for name in names:  # in turn: two threads that import the same packages may disturb each other
+            self._callers.append(_Caller(name, partial(_KINDS[name], run, config)))
+            self._callers[-1].await_begin(until)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Give a step's values to all trackers, which get them in order."""
@@ -149,9 +151,8 @@ class _Wandb:
     def __init__(self, run: Path, config: Mapping[str, float | str | bool]) -> None:
         import wandb
 
-        ids = _ids(run)
-        identity = ids.get("wandb") or secrets.token_hex(4)
-        _keep(run, ids | {"wandb": identity})
+        identity = _ids(run).get("wandb") or secrets.token_hex(4)
+        _keep(run, "wandb", identity)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             dir=str(run),
@@ -175,15 +176,14 @@ class _Mlflow:
 
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run.absolute()}/mlflow.db")
         self._entities, self._client = mlflow.entities, mlflow.MlflowClient(tracking_uri=uri)
-        ids, name = _ids(run), os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        if "mlflow" not in ids:
+        self._id, name = _ids(run).get("mlflow"), os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        if self._id is None:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
-            ids["mlflow"] = self._client.create_run(experiment, run_name=run.name).info.run_id
-            _keep(run, ids)
+            self._id = self._client.create_run(experiment, run_name=run.name).info.run_id
+            _keep(run, "mlflow", self._id)
             params = [mlflow.entities.Param(_key(key), str(value)[:_LONGEST]) for key, value in config.items()]
-            self._client.log_batch(ids["mlflow"], params=params)
-        self._id = ids["mlflow"]
+            self._client.log_batch(self._id, params=params)
         self._client.update_run(self._id, status="RUNNING")
 
     def log(self, values: Mapping[str, float], step: int, now: float) -> None:
@@ -209,5 +209,6 @@ def _ids(run: Path) -> dict[str, str]:
     return {}
 
 
-def _keep(run: Path, ids: Mapping[str, str]) -> None:
-    write_file(run / _IDS, (json.dumps(ids) + "\n").encode())
+def _keep(run: Path, name: str, identity: str) -> None:
+    with _keeping:
+        write_file(run / _IDS, (json.dumps(_ids(run) | {name: identity}) + "\n").encode())

@@ -111,6 +111,13 @@ def test_values_arrive_in_order_before_the_end(failed, fake, run, caplog):
     assert not caplog.messages
 
 
+def test_ids_of_all_trackers_are_kept(run):
+    trackers._keep(run, "wandb", "w1")
+    trackers._keep(run, "mlflow", "m1")
+    trackers._keep(run, "wandb", "w2")
+    assert trackers._ids(run) == {"wandb": "w2", "mlflow": "m1"}
+
+
 def test_fork_waits_for_a_call(fake, run):
     """A thread in a call may hold locks, which a child would inherit."""
     began, ends = threading.Event(), threading.Event()
