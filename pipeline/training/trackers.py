@@ -56,7 +56,7 @@ class Trackers:
     """The trackers of one start of a run. `log` never waits."""
 
     def __init__(self, names: Sequence[str], run: Path, config: Mapping[str, float | str | bool]) -> None:
-        self._callers = []
+        self._callers: list[_Caller] = []
         until = time.monotonic() + _BEGIN_SECONDS
         for name in names:  # in turn: two threads that import the same packages may disturb each other
             self._callers.append(_Caller(name, partial(_KINDS[name], run, config)))
