@@ -44,6 +44,7 @@ class StepResult(ABC):
     def metrics(self, batch: Batch, datasets: Sequence[str]) -> tuple[dict, dict]:
         """Return the global batch's metrics, with `loss` and `valid` (pairs), and values for histograms, by name.
 
+        If the loss is not finite, they may have `not_finite`, a list of the ranks from which that comes.
         Every rank calls it.  batch: this rank's part.  datasets: the names of the run's datasets.
         """
 

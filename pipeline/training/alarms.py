@@ -1,6 +1,7 @@
 """What is wrong with a run, by its curves: sentences that say what to look at. They change nothing."""
 
 import shutil
+import statistics
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -144,19 +145,19 @@ class _Precision:
 def _medians(speeds: "deque[Mapping[str, float]]") -> dict[str, float]:
     """Return the median of each value over the steps; one that a step lacks, as a phase, is 0 there."""
     names = dict.fromkeys(name for each in speeds for name in each)
-    return {name: float(np.median([each.get(name, 0.0) for each in speeds])) for name in names}
+    # NumPy's median is slow for so few values.
+    return {name: statistics.median(each.get(name, 0.0) for each in speeds) for name in names}
 
 
-def nearly_full(folder: Path, checkpoint: Path) -> str:
-    """Return an alarm if the disk of `folder` has no room for another checkpoint like this one; else ""."""
+def nearly_full(folder: Path, size: int) -> str:
+    """Return an alarm if the disk of `folder` has no room for another checkpoint of `size` bytes; else ""."""
     try:
-        size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
         free = shutil.disk_usage(folder).free
     except OSError:  # saving reports what matters
         return ""
     if free >= size:
         return ""
     return (
-        f"the disk of {folder} has {free / 1e9:.1f} GB left, and a checkpoint takes {size / 1e9:.1f} GB: the next one "
+        f"the disk of {folder} has {free / 1e9:.3g} GB left, and a checkpoint takes {size / 1e9:.3g} GB: the next one "
         "will fail; remove files, or lower checkpoint.keep"
     )

@@ -1,5 +1,6 @@
 """Writes a run's TensorBoard: scalars with descriptions, charts, histograms, texts and hyperparameters."""
 
+import io
 import json
 import logging
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -59,15 +61,17 @@ class Dashboard:
         else:
             self._excepthook(ended)
 
-    def close(self, *, failed: bool) -> None:
-        self._board.close()
-        threading.excepthook = self._excepthook
+    def end_trackers(self, *, failed: bool) -> None:
         if self._trackers:
             self._trackers.end(failed)
 
+    def close(self) -> None:
+        self._board.close()
+        threading.excepthook = self._excepthook
+
     def scalars(self, values: Iterable[tuple[Scalar, float]], step: int) -> None:
         """Write values, all in one event. The first of each tag carries its description."""
-        summary, all_shown = Summary(), {}
+        summary, all_shown, before = Summary(), {}, len(self._shown)
         for scalar, value in values:
             metadata = None
             if scalar.tag not in self._shown:
@@ -79,9 +83,9 @@ class Dashboard:
             summary.value.add(tag=scalar.tag, simple_value=shown, metadata=metadata)
         with disk_errors(self._folder):
             self._add(summary, step)
-            if (found := charts(self._shown)) != self._charts:  # TensorBoard shows the last layout
+            if len(self._shown) > before and (found := charts(self._shown)) != self._charts:
                 self._charts = found
-                self._board.add_custom_scalars(found)
+                self._board.add_custom_scalars(found)  # TensorBoard shows the last layout
         if self._trackers:
             self._trackers.log(all_shown, step)
 
@@ -98,8 +102,14 @@ class Dashboard:
 
     def picture(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """pixels: (height, width, 3) uint8."""
+        # TensorBoard computes checksums in Python, byte by byte, and the training thread waits for the lock: as a JPEG
+        # it is smaller than as the PNG of `add_image`.
+        encoded = io.BytesIO()
+        PIL.Image.fromarray(pixels).save(encoded, "JPEG", quality=90)
+        height, width, channels = pixels.shape
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=encoded.getvalue())
         with disk_errors(self._folder):
-            self._board.add_image(tag, pixels, step, dataformats="HWC")
+            self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def hyperparameters(self, recipe: Recipe, processes: int) -> None:
         """Add the run to the table of hyperparameters, with the last values of the scalars shown so far.

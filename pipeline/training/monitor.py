@@ -209,10 +209,11 @@ class Monitor:
         if self.leads:
             if error:
                 self.warnings.write(f"the run failed: {error if isinstance(error, PipelineError) else repr(error)}")
+            self.board.end_trackers(failed=error is not None)  # it may warn
             logging.getLogger("pipeline").removeHandler(self.warnings)
             self.warnings.close()
             self.bar.close()
-            self.board.close(failed=error is not None)
+            self.board.close()
 
     def describe(self, recipe: Recipe, processes: int, resolved: str) -> None:
         """Show the recipe and the software's versions, and from the first step on the run's row of hyperparameters.

@@ -24,7 +24,7 @@ class PartNorms:
         for group in optimizer.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if gradients:
-                norm = torch.nn.utils.get_total_norm([piece for each in gradients for piece in _pieces(each)])
+                norm = torch.nn.utils.get_total_norm([part for each in gradients for part in _parts(each)])
                 self._squares[group["part"]] = self._squares[group["part"]] + norm.float().square()
 
     def take(self) -> dict[str, float]:
@@ -34,9 +34,18 @@ class PartNorms:
         return taken
 
 
-def _pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return views that together are the gradient. A CPU adds the squares of a tensor one after another, in float32."""
-    return gradient.flatten().split(_PIECE) if gradient.device.type == "cpu" else [gradient]
+def _parts(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return tensors that together have the gradient's norm.
+
+    A CPU adds the squares of a tensor one after another, in float32: of a large one, get the norm of each row of
+    `_PIECE` numbers first, in one operation with all threads.
+    """
+    if gradient.device.type != "cpu" or gradient.numel() <= _PIECE:
+        return [gradient]
+    flat = gradient.flatten()
+    end = len(flat) // _PIECE * _PIECE
+    rows = flat[:end].unflatten(0, (-1, _PIECE))
+    return [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32), flat[end:]]
 
 
 def norms(squares: Mapping[str, float], whole: float) -> dict[str, float]:

@@ -31,6 +31,7 @@ from pipeline.distributed import on_every_rank
 from pipeline.errors import PipelineError, disk_errors
 from pipeline.storage.atomic import remove, remove_leftovers, sync_entry
 from pipeline.training import checkpoint, manifest
+from pipeline.training.alarms import nearly_full
 from pipeline.training.copies import Copies
 from pipeline.training.manifest import File
 
@@ -185,6 +186,8 @@ class Saver:
         with disk_errors(unfinished):
             self._make_whole(step, unfinished, files)
         self._store.set(self._whole, "")
+        if alarm := nearly_full(self.folder, sum(file.bytes for file in files.values())):
+            logger.warning(alarm)  # now, when there is time until the next one
 
     def _written(self, unfinished: Path) -> dict[str, File]:
         """Write this rank's files to disk; return their sizes and checksums by name."""

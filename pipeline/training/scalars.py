@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from pipeline.evaluation.report import is_rank
 
@@ -112,6 +113,7 @@ SCALARS = {
 }
 
 
+@cache  # of a few dozen names, in every step
 def scalar_of(name: str, group: str) -> Scalar | None:
     """Return how a value of metrics.jsonl or speed.jsonl is shown; None if it is not.
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch.distributed as dist
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.order import Order
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_few
 from pipeline.evaluation.report import Similarities
 from pipeline.models.family import Processor
 from pipeline.objectives.objective import StepResult
 from pipeline.phases import take_seconds
 from pipeline.training import checkpoint, part_norms, pictures, resume
-from pipeline.training.alarms import Alarms, nearly_full
+from pipeline.training.alarms import Alarms
 from pipeline.training.budget import Budget, Meter
 from pipeline.training.engine import part_rates
 from pipeline.training.monitor import Monitor
@@ -60,6 +61,7 @@ class StepReport:
         monitor.consumed(done, batch.origins)
         place = {"step": done, "epoch": self._order.locate(done - 1)[0], "samples": done * global_batch}
         metrics, histograms = result.metrics(batch, self._datasets)
+        not_finite = metrics.pop("not_finite", [])
         metrics = place | {"loss": metrics["loss"], "grad_norm": result.grad_norm, "lr": lr} | metrics
         if metrics["valid"] < global_batch:
             self._gather_bad(done, batch)
@@ -77,7 +79,7 @@ class StepReport:
         speed |= {"peak_memory": speed["peak_memory_gb"] * 1e9 / self._meter.total}
         speed |= {"chunk_tokens": budget.chunk_tokens, "kept_chunks": budget.kept_chunks}
         monitor.step(metrics, speed, histograms)
-        self._require_finite(metrics)
+        self._require_finite(metrics, not_finite)
         self._require_samples(metrics)
         if monitor.leads:
             for alarm in self._alarms.of_step(metrics, speed):
@@ -86,12 +88,6 @@ class StepReport:
             rows = pictures.hardest(batch, result.embeddings, self._processor.shown)
             if rows:
                 monitor.pictures(done, rows)
-
-    def of_checkpoint(self, checkpoints: Path) -> None:
-        """Warn if the next checkpoint will not fit on the disk. The first rank calls it after one is whole."""
-        newest = next(iter(checkpoint.candidates(checkpoints)), None)
-        if newest and (alarm := nearly_full(checkpoints, newest)):
-            logger.warning(alarm)
 
     def _counts(self, batch: Batch) -> dict[str, float]:
         """Return this rank's pairs of each dataset, if there are several."""
@@ -104,10 +100,11 @@ class StepReport:
         dist.gather_object(batch.bad, ranks)
         self._monitor.bad(step, [bad for rank in ranks or [] for bad in rank])
 
-    def _require_finite(self, metrics: dict[str, Any]) -> None:
+    def _require_finite(self, metrics: dict[str, Any], ranks: Sequence[int]) -> None:
         """Log a step that was skipped because its loss or gradient is not finite.
 
-        Raises PipelineError after more than optimizer.patience of them.
+        ranks: from which a loss that is not finite comes.  Raises PipelineError after more than optimizer.patience of
+        them.
         """
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             self._skipped = 0
@@ -115,7 +112,9 @@ class StepReport:
         self._skipped += 1
         step, patience = metrics["step"], self._recipe.optimizer.patience
         is_skipped = not math.isfinite(metrics["grad_norm"])
-        what = f"step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
+        where = f" on rank{'s' * (len(ranks) > 1)} {first_few([*map(str, ranks)])}"
+        where *= 0 < len(ranks) < dist.get_world_size()
+        what = f"step {step}: loss {metrics['loss']:.4g}{where}, gradient norm {metrics['grad_norm']:.4g}"
         if self._skipped <= patience:
             if self._monitor.leads:
                 then = (

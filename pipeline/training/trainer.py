@@ -316,7 +316,6 @@ class Trainer:
         if self.saver.finish() and self.monitor.leads:
             with disk_errors(self.folder / NOTE):
                 (self.folder / NOTE).unlink(missing_ok=True)  # the checkpoint has the budget now
-            self.report.of_checkpoint(self.checkpoints)
 
     def _evaluate(self, step: int) -> None:
         report = self.evaluation.report(step, self.budget.chunk_tokens)

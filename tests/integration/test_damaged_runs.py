@@ -383,6 +383,8 @@ def test_full_disk_leaves_previous_checkpoint_intact(recipe, finished, tmp_path)
     assert ended.status == [2], ended.output[-4000:]
     assert "Traceback" not in ended.output
     assert "unfinished-00000004 cannot be written: " in ended.output
+    warnings = [json.loads(line)["text"] for line in (run / "warnings.jsonl").read_text().splitlines()]
+    assert "the run failed: " in warnings[-1] and "unfinished-00000004 cannot be written: " in warnings[-1]
     assert resume.whole(run / "checkpoints", thorough=True) == step(run, 2)
     ended = launch(["-m", "pipeline.train", *arguments], world=1)
     assert ended.status == [0], ended.output[-4000:]

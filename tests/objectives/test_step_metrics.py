@@ -1,5 +1,6 @@
 """The metrics of a contrastive step over two ranks, compared with formulas over the whole matrix in float64."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from two_ranks import on_two_ranks
 
 from pipeline.data.batch import Origin
 from pipeline.evaluation.report import Similarities
-from pipeline.objectives.contrastive.loss import hardness_weighted_loss
+from pipeline.objectives.contrastive.loss import LossOutput, hardness_weighted_loss
 from pipeline.objectives.contrastive.step import ContrastiveResult
 
 ROWS, INVALID, DATASETS = 20, 7, ("a", "b", "unused")
@@ -28,17 +29,27 @@ def pairs() -> tuple[dict, np.ndarray]:
     ) % 2
 
 
-def on_rank(rank: int) -> tuple[dict, dict]:
+def on_rank(rank: int) -> tuple[dict, dict, list[list[int]]]:
+    """Return the metrics, the histograms, and the ranks that are named if a vector, or a rank's loss, is NaN."""
     inputs, datasets = pairs()
     own = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
-    output = hardness_weighted_loss(**{name: x[own] for name, x in inputs.items()}, **OPTIONS, tile=3)
     settings = {"grad_norm": 1.0, "tokens": 1, "padded": 1, "largest_chunk": 1, "settings": {}}
-    result = ContrastiveResult(loss=output, distills=False, has_margin=True, **settings)
     origins = [Origin("", number, int(dataset)) for number, dataset in enumerate(datasets[own])]
-    metrics, histograms = result.metrics(
-        SimpleNamespace(valid=inputs["valid"][own].tolist(), origins=origins), DATASETS
-    )
-    return metrics, {name: torch.from_numpy(values) for name, values in histograms.items()}
+    batch = SimpleNamespace(valid=inputs["valid"][own].tolist(), origins=origins)
+
+    def loss_of(vectors: dict) -> LossOutput:
+        return hardness_weighted_loss(**{name: x[own] for name, x in vectors.items()}, **OPTIONS, tile=3)
+
+    def metrics_of(output: LossOutput) -> tuple[dict, dict]:
+        return ContrastiveResult(loss=output, distills=False, has_margin=True, **settings).metrics(batch, DATASETS)
+
+    output = loss_of(inputs)
+    metrics, histograms = metrics_of(output)
+    target = inputs["target"].clone()
+    target[-1] = torch.nan  # it is in each rank's loss
+    damaged = loss_of(inputs | {"target": target}), replace(output, loss=output.loss * (torch.nan if rank else 1))
+    named = [metrics_of(each)[0]["not_finite"] for each in damaged]
+    return metrics, {name: torch.from_numpy(values) for name, values in histograms.items()}, named
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +82,14 @@ def test_metrics_equal_formulas_over_the_whole_matrix(of_two_ranks):
     }
     assert 0 < wanted["precision"] < 1 and wanted["precision/a"] != wanted["precision/b"]
     assert 0 < wanted["masked_pairs/margin"] < wanted["masked_pairs"]
-    for metrics, histograms in of_two_ranks:
+    for metrics, histograms, _ in of_two_ranks:
         assert metrics == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=1e-7)
         assert torch.allclose(histograms["positive"], positive[valid])
         assert torch.allclose(histograms["hardest_negative"], expected.hardest[compared])
 
 
 def test_overlap_is_the_common_area_of_the_two_distributions(of_two_ranks):
-    _, histograms = of_two_ranks[0]
+    _, histograms, _ = of_two_ranks[0]
     positive, negative = (values.numpy() for values in histograms.values())
     edges = np.arange(-100, 101) / 100
     expected = sum(
@@ -86,6 +97,10 @@ def test_overlap_is_the_common_area_of_the_two_distributions(of_two_ranks):
         for low, high in pairwise(edges)
     )
     assert Similarities.of(positive, negative).overlap == pytest.approx(expected)
+
+
+def test_rank_from_which_a_loss_is_not_finite_is_named(of_two_ranks):
+    assert [named for _, _, named in of_two_ranks] == [[[1], [1]]] * 2
 
 
 def test_run_of_one_dataset_has_no_precision_by_dataset(of_two_ranks):

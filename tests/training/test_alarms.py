@@ -101,9 +101,7 @@ def test_run_of_one_dataset_that_stops_learning_is_named():
 
 
 def test_disk_without_room_for_another_checkpoint_is_named(tmp_path, monkeypatch):
-    (tmp_path / "step-1").mkdir()
-    (tmp_path / "step-1" / "weights").write_bytes(bytes(1000))
-    assert nearly_full(tmp_path, tmp_path / "step-1") == ""
-    usage = type("Usage", (), {"free": 999})
+    usage = type("Usage", (), {"free": 5_000_000})
     monkeypatch.setattr("pipeline.training.alarms.shutil.disk_usage", lambda folder: usage)
-    assert "a checkpoint takes 0.0 GB: the next one will fail" in nearly_full(tmp_path, tmp_path / "step-1")
+    assert nearly_full(tmp_path, 5_000_000) == ""
+    assert "has 0.005 GB left, and a checkpoint takes 0.0061 GB: the next one" in nearly_full(tmp_path, 6_100_000)

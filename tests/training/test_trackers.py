@@ -2,9 +2,11 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
+from limits import HANG_SECONDS
 
 from pipeline.errors import PipelineError
 from pipeline.training import trackers
@@ -24,19 +26,18 @@ def run(tmp_path, monkeypatch) -> Path:
     return run
 
 
-def start(run: Path, name: str, steps: range) -> None:
+def start(run: Path, name: str, steps: range, caplog: pytest.LogCaptureFixture) -> None:
     opened = Trackers([name], run, CONFIG)
-    assert list(opened._open) == [name]
     for step in steps:
         opened.log({"learning/loss": 1 / step, "evaluation/overall@64": 50.0}, step)
     opened.end(failed=False)
-    assert list(opened._open) == [name]
+    assert not [record for record in caplog.records if record.name == trackers.__name__]
 
 
-def test_mlflow_has_one_run_after_a_resume(run):
+def test_mlflow_has_one_run_after_a_resume(run, caplog):
     mlflow = pytest.importorskip("mlflow")
-    start(run, "mlflow", range(1, 4))
-    start(run, "mlflow", range(4, 6))
+    start(run, "mlflow", range(1, 4), caplog)
+    start(run, "mlflow", range(4, 6), caplog)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run}/mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name("pipeline").experiment_id])
     assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
@@ -46,10 +47,10 @@ def test_mlflow_has_one_run_after_a_resume(run):
     assert found.data.metrics["evaluation/overall_64"] == 50.0
 
 
-def test_wandb_writes_its_files_without_secrets(run):
+def test_wandb_writes_its_files_without_secrets(run, caplog):
     pytest.importorskip("wandb")
-    start(run, "wandb", range(1, 4))
-    start(run, "wandb", range(4, 6))
+    start(run, "wandb", range(1, 4), caplog)
+    start(run, "wandb", range(4, 6), caplog)
     identity = json.loads((run / "trackers.json").read_text())["wandb"]
     files = [path for path in run.rglob("*.wandb") if path.is_file()]
     assert len(files) == 2 and all(identity in path.name for path in files)
@@ -59,11 +60,89 @@ def test_wandb_writes_its_files_without_secrets(run):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
+class Fake:
+    """A tracker that notes its calls.  answers: it waits for this before each of them."""
+
+    def __init__(self, run: Path, config: dict) -> None:
+        self.answers.wait()
+
+    def log(self, values: dict, step: int, now: float) -> None:
+        self.answers.wait()
+        self.noted.append((step, values["learning/loss"]))
+
+    def end(self, failed: bool) -> None:
+        self.noted.append("failed" if failed else "finished")
+
+
+@pytest.fixture
+def fake(monkeypatch) -> type[Fake]:
+    fake = type("Fake", (Fake,), {"answers": threading.Event(), "noted": []})
+    monkeypatch.setitem(trackers._KINDS, "mlflow", fake)
+    return fake
+
+
+def test_no_step_waits_for_a_tracker_that_does_not_answer(fake, run, monkeypatch, caplog):
+    monkeypatch.setattr(trackers, "_BEGIN_SECONDS", 0.01)
+    monkeypatch.setattr(trackers, "_END_SECONDS", 0.01)
+    monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
+    opened = Trackers(["mlflow"], run, CONFIG)  # none of these would return otherwise
+    for step in range(1, 7):
+        opened.log({"learning/loss": 1.0}, step)
+    opened.end(failed=False)
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "mlflow does not answer",
+        "mlflow is slow or does not answer, and 3 steps wait for it",
+        "mlflow does not answer",
+    ]
+    monkeypatch.setattr(trackers, "_END_SECONDS", HANG_SECONDS)
+    fake.answers.set()
+    opened.end(failed=False)
+    assert fake.noted == [(1, 1.0), (2, 1.0), (3, 1.0), "finished"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_values_arrive_in_order_before_the_end(failed, fake, run, caplog):
+    fake.answers.set()
+    opened = Trackers(["mlflow"], run, CONFIG)
+    for step in range(1, 100):
+        opened.log({"learning/loss": 1 / step}, step)
+    opened.end(failed)
+    assert fake.noted == [*((step, 1 / step) for step in range(1, 100)), "failed" if failed else "finished"]
+    assert not caplog.messages
+
+
+def test_ids_of_all_trackers_are_kept(run):
+    trackers._keep(run, "wandb", "w1")
+    trackers._keep(run, "mlflow", "m1")
+    trackers._keep(run, "wandb", "w2")
+    assert trackers._ids(run) == {"wandb": "w2", "mlflow": "m1"}
+
+
+def test_fork_waits_for_a_call(fake, run):
+    """A thread in a call may hold locks, which a child would inherit."""
+    began, ends = threading.Event(), threading.Event()
+
+    def log(self: Fake, values: dict, step: int, now: float) -> None:
+        began.set()
+        ends.wait()
+        self.noted.append(step)
+
+    fake.log = log
+    fake.answers.set()
+    opened = Trackers(["mlflow"], run, CONFIG)
+    opened.log({}, 1)
+    began.wait()
+    threading.Timer(0.05, ends.set).start()
+    trackers._before_fork()
+    assert fake.noted == [1]
+    opened.end(failed=False)
+
+
 class Failing:
     def __init__(self, run: Path, config: dict) -> None:
         pass
 
-    def log(self, values: dict, step: int) -> None:
+    def log(self, values: dict, step: int, now: float) -> None:
         raise OSError(f"https://user:{SECRET}@server: unreachable")
 
 

@@ -18,7 +18,7 @@ from deepspeed import DeepSpeedEngine
 from pipeline.config import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.source import Source
-from pipeline.distributed import all_gather_constant
+from pipeline.distributed import all_gather_constant, rank_and_world
 from pipeline.errors import PipelineError
 from pipeline.models.chunks import Ahead, Features, in_order, plan_chunks, run_chunk, sent
 from pipeline.objectives.contrastive.batch_loss import contrastive_loss
@@ -78,10 +78,18 @@ class ContrastiveResult(StepResult):
             metrics |= {"loss/contrastive": float(contrastive.mean()), "loss/distillation": float(distillation.mean())}
         if self.has_margin:
             metrics["masked_pairs/margin"] = float(by_margin[0])
+        if not math.isfinite(metrics["loss"]):
+            metrics["not_finite"] = _ranks_not_finite(columns[0]) or _ranks_not_finite(loss)
         if len(datasets) > 1:
             of_datasets = {name: right[compared & (dataset == number)] for number, name in enumerate(datasets)}
             metrics |= {f"precision/{name}": _mean(each) for name, each in of_datasets.items() if len(each)}
         return metrics | self.settings, {"positive": positive, "hardest_negative": hardest}
+
+
+def _ranks_not_finite(values: np.ndarray) -> list[int]:
+    """Return the ranks that have a value which is not finite. A pair's own similarity depends on no other rank."""
+    ranks = np.isfinite(values).reshape(rank_and_world()[1], -1).all(axis=1)
+    return np.flatnonzero(~ranks).tolist()
 
 
 def _mean(values: np.ndarray) -> float | None:
