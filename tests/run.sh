@@ -42,22 +42,22 @@ fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Unit tests, two at a time.
-OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?
+# Unit tests, two files at a time, in the order of tests/conftest.py.
+by_file=(-n 2 --dist loadfile --no-loadscope-reorder)
+OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration "${by_file[@]}" || status=$?
 # Another processor may add numbers in another order. Tests that allow for rounding must also pass with the basic
 # instructions that every processor has. Skip this if the processor has only these.
 if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capability() != "DEFAULT")'; then
     mapfile -t numeric < <(
         grep -rlE --include='test_*.py' --exclude-dir=integration 'closeness|assert_close|allclose' tests
     )
-    ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" --rounded -n 2 --dist loadfile ||
-        status=$?
+    ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" --rounded "${by_file[@]}" || status=$?
 fi
 # Random damage and signals; the seed fixes the trials. One trial of each sort, or as many as fit in four minutes.
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 4 >"$damaged" 2>&1 &
 chaos=$!
 # Two files at a time: a test often waits, or has one process.
-python -m pytest tests/integration --ignore=tests/integration/slurm -n 2 --dist loadfile || status=$?
+python -m pytest tests/integration --ignore=tests/integration/slurm "${by_file[@]}" || status=$?
 wait "$chaos" || status=$?
 cat "$damaged"
 wait "$cluster" || status=$?
