@@ -44,7 +44,7 @@ from pipeline.training.budget import Budget
 from pipeline.training.engine import build_engine, freeze, load_frozen
 from pipeline.training.part_norms import PartNorms
 
-PAIRS = 12
+PAIRS = 16
 STEPS = 2
 LR = 0.1
 EPS = 1.0  # makes a step nearly proportional to the gradient, whose scale Adam otherwise hides
@@ -77,7 +77,7 @@ class Case:
 
 FEW = (  # at every ZeRO stage
     *(Case(mix, tokens) for mix, tokens in (("mixed", 1), ("mixed", 200), ("mixed", 100_000), ("text", 100_000))),
-    Case("images", 200, 4),
+    Case("images", 200, 5),
     Case("mixed", 200, 1),
     Case("images", 200, 2, FROZEN),
     Case("mixed", 200, 1000),
@@ -97,7 +97,7 @@ ALIKE = (  # in what stages 0 to 2 do alike, such as the loss: each at one of th
 ALL = (
     *FEW,
     *ALIKE,
-    *(Case("mixed", 200, kept) for kept in (4, 5)),  # two ranks have five chunks; FEW has one, and more than all
+    *(Case("mixed", 200, kept) for kept in (5, 6)),  # two ranks have six chunks; FEW has one, and more than all
     *(Case(mix, 200, kept, FROZEN) for mix, kept in (("mixed", 0), ("text", 1))),
     Case("mixed", 200, 1, ("model.train.language_model=false", "model.train.projector=0.03")),
     Case("mixed", 200, 2, ("model.train.projector=false", "model.train.vision_tower=0.02")),
@@ -469,7 +469,7 @@ def main() -> None:
             return [replace(chunk, with_images=bool(chunk.packed.images)) for chunk in chunks]
 
         step_module.plan_chunks = unguarded
-        cases = (Case(flags[1], 100_000),)  # one chunk on each rank: with images on both, or on one
+        cases = (Case(flags[1], 200),)
     first, *others = models.split(",")
     pairs = [(first, case) for case in cases]
     of_others = cases if cases is SHAPED else OTHERS if cases is ALL else OTHERS[:1]

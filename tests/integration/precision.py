@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from exactness import PAIRS, batch_of, make_pairs
+from exactness import batch_of, make_pairs
 from limits import HANG_MINUTES
 
 from pipeline.config import dump_recipe, load_ds_config, load_recipe
@@ -32,8 +32,8 @@ def main() -> None:
     model, config, precision, run, *fields = sys.argv[1:]
     run = Path(run)
     start_distributed(timeout_minutes=HANG_MINUTES)
-    fields += [f"deepspeed={config}", f"precision={precision}", "batch.chunk_tokens=200"]
-    fields += [f"batch.global_batch={PAIRS}", "data.lanes=2", f"model.path={model}", f"run={run}"]
+    fields += [f"deepspeed={config}", f"precision={precision}", "batch.global_batch=16", "batch.chunk_tokens=200"]
+    fields += [f"model.path={model}", f"run={run}"]
     recipe = load_recipe("pipeline/recipes/demo.yaml", fields)
     processor = LlaveProcessor.load(model, 512)
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -49,7 +49,7 @@ def run(case: str, models: str, folder: Path, saved_by: int, steps: range) -> li
     config, sub_group, precision, fields = CASES[case]
     model, demo = models.split(",")["qwen" in case], "demo_qwen" if "qwen" in case else "demo"
     fields = [f"deepspeed=ds_configs/{config}.json", f"precision={precision}", f"model.path={model}", *fields]
-    fields += [f"batch.global_batch={PAIRS}", "data.lanes=4", "batch.chunk_tokens=200", "optimizer.weight_decay=1.0"]
+    fields += [f"batch.global_batch={PAIRS}", "batch.chunk_tokens=200", "optimizer.weight_decay=1.0"]
     recipe = load_recipe(f"pipeline/recipes/{demo}.yaml", fields)
     rank, world = dist.get_rank(), dist.get_world_size()
     config = load_ds_config(recipe, world)
