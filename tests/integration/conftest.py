@@ -13,7 +13,7 @@ from transformers import AutoModel
 from pipeline.models.registry import training
 
 # The files that take longest, which come first: at the end no process waits long for another one's file.
-_LONGEST = ("exactness", "llm2clip", "training", "world_size", "installed", "damaged_runs", "two_tower", "precision")
+_LONGEST = ("exactness", "llm2clip", "training", "collectives", "world_size", "installed", "damaged_runs", "two_tower")
 _BUILD = Path(__file__).with_name("build_cpu_adam.py")
 _building = pytest.StashKey[subprocess.Popen]()
 
