@@ -40,6 +40,7 @@ from tools.s3_server import S3Server
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
 
+_STARTS = {"subprocess", "on_two_ranks"}  # names in modules that start processes
 _TOLERANT = {"assert_close_in_norm", "rounding", "assert_close", "assert_allclose", "allclose", "isclose", "approx"}
 
 
@@ -51,7 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test a time limit, so that a hanging test ends. Leave out what --fast or --rounded excludes."""
+    """Give each test a time limit, so that a hanging test ends. Leave out what --fast or --rounded excludes.
+
+    Files with slow tests, or that start processes, come first: at the end no process waits long for another one's file.
+    """
     for item in items:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3 * HANG_SECONDS))
@@ -63,6 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         exact = {item for item in items if not _allows_for_rounding(_written(item.function), set())}
         config.hook.pytest_deselected(items=[*exact])
         items[:] = [item for item in items if item not in exact]
+    long = {item.path for item in items if item.get_closest_marker("slow") or _STARTS & vars(item.module).keys()}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish() -> None:

@@ -17,10 +17,15 @@ fi
 if [ $# = 0 ]; then
     # Compile kernels for this clone only, so that kernels of other clones on this machine have no effect.
     export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-    # Compile DeepSpeed's CPU Adam, which takes a minute, beside mypy; the integration tests need it.
-    DS_ACCELERATOR=cpu PYTHONPATH=. python tests/integration/build_cpu_adam.py >/dev/null 2>&1 &
-    building=$!
-    trap 'kill -INT "$building" 2>/dev/null || true' EXIT
+    # Ranks that tests kill leave semaphores behind; multiprocessing would warn about each.
+    export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
+    # The cluster's tests take the longest and wait half of the time, so they run beside all others, and beside mypy.
+    # First they compile DeepSpeed's CPU Adam, which takes a minute; the integration tests need it, too.
+    printed=$(mktemp) damaged=$(mktemp)
+    python -m pytest tests/integration/slurm >"$printed" 2>&1 &
+    cluster=$! chaos=
+    # After Ctrl-C they would go on: the shell starts background processes with SIGINT ignored, which they undo.
+    trap 'kill -INT $cluster $chaos 2>/dev/null || true; rm -f "$printed" "$damaged"' EXIT
 fi
 status=0
 ruff check . || status=$?
@@ -37,31 +42,22 @@ fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Ranks that tests kill leave semaphores behind; multiprocessing would warn about each.
-export PYTHONWARNINGS="ignore:resource_tracker:UserWarning"
-# The cluster's tests take the longest and wait half of the time, so they run beside all others.
-printed=$(mktemp) damaged=$(mktemp)
-python -m pytest tests/integration/slurm >"$printed" 2>&1 &
-cluster=$! chaos=
-# After Ctrl-C they would go on: the shell starts background processes with SIGINT ignored, which they undo.
-trap 'kill -INT $cluster $chaos $building 2>/dev/null || true; rm -f "$printed" "$damaged"' EXIT
-# Unit tests, two at a time.
-OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration -n 2 --dist loadfile || status=$?
+# Unit tests, two files at a time, in the order of tests/conftest.py.
+by_file=(-n 2 --dist loadfile --no-loadscope-reorder)
+OMP_NUM_THREADS=1 python -m pytest --ignore=tests/integration "${by_file[@]}" || status=$?
 # Another processor may add numbers in another order. Tests that allow for rounding must also pass with the basic
 # instructions that every processor has. Skip this if the processor has only these.
 if ! python -c 'import torch; raise SystemExit(torch.backends.cpu.get_cpu_capability() != "DEFAULT")'; then
     mapfile -t numeric < <(
         grep -rlE --include='test_*.py' --exclude-dir=integration 'closeness|assert_close|allclose' tests
     )
-    ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" --rounded -n 2 --dist loadfile ||
-        status=$?
+    ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m pytest "${numeric[@]}" --rounded "${by_file[@]}" || status=$?
 fi
-wait "$building" || true # the integration tests report its errors
 # Random damage and signals; the seed fixes the trials. One trial of each sort, or as many as fit in four minutes.
 python tests/chaos/run.py --seed 1 --trials 15 --minutes 4 >"$damaged" 2>&1 &
 chaos=$!
 # Two files at a time: a test often waits, or has one process.
-python -m pytest tests/integration --ignore=tests/integration/slurm -n 2 --dist loadfile || status=$?
+python -m pytest tests/integration --ignore=tests/integration/slurm "${by_file[@]}" || status=$?
 wait "$chaos" || status=$?
 cat "$damaged"
 wait "$cluster" || status=$?

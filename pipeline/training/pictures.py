@@ -11,7 +11,6 @@ from heapq import nlargest
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -140,6 +139,8 @@ def _right(batch: Batch, query: _Query) -> set[int]:
 
 def drawn(rows: Sequence[Row]) -> np.ndarray:
     """Return the rows as one picture (height, width, 3) uint8."""
+    import matplotlib  # here: no other part of training needs it, and each of its processes would start later
+
     fonts = Path(matplotlib.get_data_path(), "fonts/ttf")
     font, bold = (ImageFont.truetype(str(fonts / name), _SIZE) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
     sheet = Image.new("RGB", (_CELL * (2 + NEGATIVES), _HEIGHT * len(rows)), "white")

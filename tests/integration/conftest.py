@@ -12,8 +12,16 @@ from transformers import AutoModel
 
 from pipeline.models.registry import training
 
+# The files that take longest, which come first: at the end no process waits long for another one's file.
+_LONGEST = ("exactness", "llm2clip", "training", "collectives", "world_size", "installed", "damaged_runs", "two_tower")
 _BUILD = Path(__file__).with_name("build_cpu_adam.py")
 _building = pytest.StashKey[subprocess.Popen]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

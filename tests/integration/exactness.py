@@ -1,7 +1,7 @@
 """One rank of the exactness tests: `python exactness.py MODEL[,MODEL...] DS_CONFIG OUT REFERENCES [FLAGS]`.
 
-Flags: `few`, `alone`, `offloaded`, `shaped`, or `no-guard MIX`.  REFERENCES: a folder that keeps the results of one
-process, for programs that compare the same cases.
+Flags: `few0`, `few1`, `few2`, `alone`, `offloaded`, `shaped`, or `no-guard MIX`.  REFERENCES: a folder that keeps the
+results of one process, for programs that compare the same cases.
 
 Takes optimizer steps through the engine. Takes the same steps in one process with the whole global batch: item by item,
 with the loss as one B x B formula, plain autograd and torch's AdamW. Writes the differences.
@@ -51,8 +51,6 @@ EPS = 1.0  # makes a step nearly proportional to the gradient, whose scale Adam 
 INVALID = {3, 9}  # one on each of two ranks
 LABELLED_INVALID = {3, 4}  # both on the first rank: the ranks' numbers of valid pairs differ
 TEACHER_WIDTH = 5
-MIXES = ("images", "text", "mixed")
-CHUNK_TOKENS = (1, 200, 100_000)  # one item per chunk, several, all
 # By the model_type in a folder's config.json.
 RECIPES = {"llava_onevision": "demo"} | dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "demo_qwen")
 WHOLE = ("model.train.vision_tower=true",)
@@ -66,7 +64,10 @@ CHECKPOINTING = "batch.activation_checkpointing=true"
 
 @dataclass(frozen=True)
 class Case:
-    """A batch type, the chunk size, the number of chunks whose graph is cached, and further fields of the recipe."""
+    """A batch type, the chunk size, the number of chunks whose graph is cached, and further fields of the recipe.
+
+    A chunk has one item with 1 token, several with 200, and all with 100,000.
+    """
 
     mix: str
     chunk_tokens: int
@@ -74,23 +75,28 @@ class Case:
     fields: tuple[str, ...] = WHOLE
 
 
-FEW = (
-    *(Case(mix, tokens) for mix in MIXES for tokens in CHUNK_TOKENS if tokens > 1 or mix == "mixed"),
-    Case("mixed", 200, 1),
+FEW = (  # at every ZeRO stage
+    *(Case(mix, tokens) for mix, tokens in (("mixed", 1), ("mixed", 200), ("mixed", 100_000), ("text", 100_000))),
     Case("images", 200, 5),
+    Case("mixed", 200, 1),
+    Case("images", 200, 2, FROZEN),
     Case("mixed", 200, 1000),
-    *(Case(mix, 200, kept, FROZEN) for mix, kept in (("images", 2), ("mixed", 1000))),
     Case("mixed", 200, 2, ("model.train.lora.rank=4", "objective.mask_duplicates=false")),
-    Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4")),
+    Case("mixed", 200, 1000, FROZEN),
     Case("mixed", 200, 1, (*WHOLE, "objective.learn_temperature=true", "objective.temperature=0.07")),
+    Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4")),
     Case("mixed", 200, 3, (*WHOLE, CHECKPOINTING)),
-    Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4", "objective.directions=query")),
+)
+ALIKE = (  # in what stages 0 to 2 do alike, such as the loss: each at one of them, and at stage 3
+    *(Case(mix, tokens) for mix, tokens in (("images", 200), ("images", 100_000), ("text", 200))),
     Case("labelled", 200, 1, (*WHOLE, *TEACHER, "objective.reward=teacher", "objective.dimensions=[4,16]")),
-    Case("labelled", 200, 2, (*FROZEN, *TEACHER, DISTILL, "batch.sub_batch=4", "objective.alpha_ramp=2")),
+    Case("mixed", 200, 2, (*FROZEN, "batch.sub_batch=4", "objective.directions=query")),
     Case("labelled", 200, 1, (*WHOLE, STORED, "batch.sub_batch=4", OF_TASKS, "objective.learn_temperature=true")),
+    Case("labelled", 200, 2, (*FROZEN, *TEACHER, DISTILL, "batch.sub_batch=4", "objective.alpha_ramp=2")),
 )
 ALL = (
     *FEW,
+    *ALIKE,
     *(Case("mixed", 200, kept) for kept in (5, 6)),  # two ranks have six chunks; FEW has one, and more than all
     *(Case(mix, 200, kept, FROZEN) for mix, kept in (("mixed", 0), ("text", 1))),
     Case("mixed", 200, 1, ("model.train.language_model=false", "model.train.projector=0.03")),
@@ -100,7 +106,7 @@ ALL = (
     Case("labelled", 1, 0, (*WHOLE, STORED, "objective.dimensions=[8,32]", "objective.directions=query", OF_TASKS)),
     Case("labelled", 100_000, 0, (*FROZEN, *TEACHER, DISTILL, "objective.reward=teacher")),
 )
-ALONE = FEW[::2]  # there is no other rank: only the chunking of the batch differs
+ALONE = (*FEW[::2], *ALIKE[::2])  # there is no other rank: only the chunking of the batch differs
 SHAPED = (Case("mixed", 200, 2),)
 OF_EACH = (  # of each other model, beside ALL; the first is also beside FEW and ALONE
     *(Case("mixed", 200, kept) for kept in (1, 0, 1000)),
@@ -453,7 +459,8 @@ def differences(
 def main() -> None:
     models, stage, out, references, *flags = sys.argv[1:]
     start_distributed(timeout_minutes=HANG_MINUTES)
-    named = {"few": FEW, "alone": ALONE, "offloaded": OFFLOADED, "shaped": SHAPED}
+    named = {"alone": ALONE, "offloaded": OFFLOADED, "shaped": SHAPED}
+    named |= {f"few{part}": (*FEW, *ALIKE[part::3]) for part in range(3)}
     cases = next((named[flag] for flag in flags if flag in named), ALL)
     if "no-guard" in flags:
         # Without the guard, each rank runs the tower only for its own chunks that have an image.

@@ -33,7 +33,7 @@ def recipe(tiny_model, tmp_path_factory) -> list[str]:
     data = tmp_path_factory.mktemp("data") / "pairs"
     convert({str(data): TrainingPairs("Scene-T2I", 0, 40)}, options={}, shard_bytes=200_000)
     fields = ["deepspeed=ds_configs/zero2.json", "data.lanes=4", "data.block_samples=8", "data.window_blocks=2"]
-    fields += ["batch.global_batch=8", "batch.chunk_tokens=500", f"steps={STEPS}", f"checkpoint.every={EVERY}"]
+    fields += ["batch.global_batch=8", "batch.chunk_tokens=2000", f"steps={STEPS}", f"checkpoint.every={EVERY}"]
     fields += [f"model.path={tiny_model}", f"data.url={data}", "data.datasets=[]", "ledger=true", "data.workers=0"]
     fields += [f"evaluation.urls=[{data}]", f"evaluation.every={EVERY}", "checkpoint.keep=9"]
     fields += [f"timeout_minutes={HANG_MINUTES}"]

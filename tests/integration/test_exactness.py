@@ -33,7 +33,7 @@ def assert_exact(name: str, ranks: list[Rank], folder: Path) -> None:
     assert_equal(folder / f"{name}.out", f"{name}, {world} processes")
 
 
-@pytest.mark.parametrize(("stage", "flags"), [(0, ["few"]), (1, ["few"]), (2, ["few"]), (3, [])])
+@pytest.mark.parametrize(("stage", "flags"), [(0, ["few0"]), (1, ["few1"]), (2, ["few2"]), (3, [])])
 def test_step_equals_one_process_with_whole_batch(stage, flags, tiny_models, references, tmp_path):
     assert_exact(f"zero{stage}", begin(f"zero{stage}", 2, tiny_models, tmp_path, references, *flags), tmp_path)
 

@@ -127,7 +127,8 @@ def recipe(tiny_model, tmp_path_factory) -> list[str]:
     fields = ["data.teacher=beside", "data.negatives=beside", "data.batches=neighbours", "objective.reward=teacher"]
     fields += ["objective.distill={scores: teacher, temperature: 0.2}", "objective.dimensions=[16,48]"]
     fields += ["deepspeed=ds_configs/zero2.json", "data.lanes=4", "data.block_samples=8", "data.window_blocks=2"]
-    fields += ["batch.global_batch=24", "batch.chunk_tokens=500", "steps=5", "checkpoint.every=2", "checkpoint.keep=9"]
+    fields += ["batch.global_batch=24", "batch.chunk_tokens=2000", "batch.kept_chunks=1", "steps=5"]
+    fields += ["checkpoint.every=2", "checkpoint.keep=9"]
     fields += [f"model.path={tiny_model}", f"data.url={data}", "data.datasets=[]", "evaluation=null", "ledger=true"]
     return ["pipeline/recipes/demo.yaml", *fields, f"timeout_minutes={HANG_MINUTES}"]
 

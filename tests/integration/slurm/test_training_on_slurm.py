@@ -113,28 +113,19 @@ def wait_for_requeue(slurm: SlurmCluster, job: int, before: int = 0) -> None:
     slurm.wait_until(job, is_back, "was not requeued")
 
 
-def test_two_jobs_at_once_match_torchrun_run_and_fail_permanently(slurm, train, undisturbed):
-    """Both train on both nodes. One ends as under torchrun; the other fails twice at the same step: no third start."""
-    (job, run), (hopeless, broken) = train(), train("optimizer.weight_decay=1e38", name="broken")
-    wait_for_requeue(slurm, hopeless)
-    slurm.release(hopeless)
+def assert_given_up(slurm: SlurmCluster, job: int, run: Path) -> None:
+    """The job failed at the same step in both of its starts; there is no third one."""
     with pytest.raises(SlurmFailure):
-        slurm.wait(hopeless, "COMPLETED")
-    assert (slurm.job(hopeless)["JobState"], slurm.job(hopeless)["Restarts"]) == ("FAILED", "1")
-    status = Status.read(broken)
+        slurm.wait(job, "COMPLETED")
+    assert (slurm.job(job)["JobState"], slurm.job(job)["Restarts"]) == ("FAILED", "1")
+    status = Status.read(run)
     assert status.failures[0] == status.failures[1]
     assert "Lower optimizer.lr" in status.reason
-    assert "failed twice after" in last_line(slurm, hopeless)
-
-    slurm.wait(job, "COMPLETED")
-    assert_same(run, undisturbed)
-    assert (run / "export/model.safetensors").exists()
-    assert (Status.read(run).state, Status.read(run).step) == ("finished", STEPS)
-    assert slurm.job(job)["NodeList"] == slurm.job(hopeless)["NodeList"] == "n[1-2]"
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job) + slurm.output(hopeless)
+    assert "failed twice after" in last_line(slurm, job)
 
 
-def test_interrupted_run_matches_uninterrupted_run(slurm, train, undisturbed, tmp_path, monkeypatch):
+def test_interrupted_run_matches_torchrun_run_beside_a_job_that_fails(slurm, train, undisturbed, tmp_path, monkeypatch):
+    """Both train on both nodes at once. One is stopped again and again and continues; the other fails permanently."""
     some = random.Random(0)
     job, run = train()
     # Also a job whose programs (here: sleep) ignore the signal before the time limit. Slurm would not requeue it.
@@ -172,8 +163,11 @@ def test_interrupted_run_matches_uninterrupted_run(slurm, train, undisturbed, tm
 
     stop(near_the_limit, "SIGUSR1 (the time limit is near)")
     slurm.release(job)
+    hopeless, broken = train("optimizer.weight_decay=1e38", name="broken")
     stop(slurm.requeue, preempted)
-    slurm.release(job)
+    wait_for_requeue(slurm, hopeless)
+    for each in (job, hopeless):
+        slurm.release(each)
 
     wait_for_step(slurm, job, run, done + some.randint(1, 5))
     before, failures = restarts(slurm, job), Status.read(run).failures
@@ -187,6 +181,7 @@ def test_interrupted_run_matches_uninterrupted_run(slurm, train, undisturbed, tm
     done = status.step
     wait_for_requeue(slurm, late)
     slurm.cancel(late)
+    assert_given_up(slurm, hopeless, broken)
     slurm.release(job)
 
     def preempt(job: int) -> None:
@@ -200,6 +195,10 @@ def test_interrupted_run_matches_uninterrupted_run(slurm, train, undisturbed, tm
     slurm.release(job)
     slurm.wait(job, "COMPLETED")
     assert_same(run, undisturbed)
+    assert (run / "export/model.safetensors").exists()
+    assert (Status.read(run).state, Status.read(run).step) == ("finished", STEPS)
+    assert slurm.job(job)["NodeList"] == slurm.job(hopeless)["NodeList"] == "n[1-2]"
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in slurm.output(job) + slurm.output(hopeless)
 
 
 def test_job_continues_on_one_node_with_the_same_batches(slurm, train, undisturbed):
