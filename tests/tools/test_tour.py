@@ -80,6 +80,9 @@ def test_sentence_from_a_pipe_finds_pictures(checkout):
     assert process.returncode == 0, errors
     names = re.findall(r"\d{3}\.png", printed)
     assert len(names) == 10 and all((checkout / "runs/quickstart/tour" / name).exists() for name in names)
+    similarities = [float(each) for each in re.findall(r"│ +(-?\d\.\d{3}) │", printed)]
+    for of_sentence in (similarities[:5], similarities[5:]):
+        assert len(of_sentence) == 5 and of_sentence == sorted(of_sentence, reverse=True)
     assert "item 0: " in printed  # <image> without an image does not end the tour
     assert "docs/own-dataset.md" in printed
     html = (checkout / "runs/quickstart/tour/search.html").read_text()
