@@ -65,9 +65,10 @@ def load_encoder(path: str, options: Encoding, device: torch.device | None = Non
     """
     if options.encoder:
         return _by_function(options.encoder, path, options)
-    family, model_type = family_of(path), config_dict(path).get("model_type")
+    family, config = family_of(path), config_dict(path)
+    model_type = config.get("model_type")
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if model_type in _PEERS and (family is None or family.as_clip):
+    if model_type in _PEERS and (family is None or family.as_baseline(config)):
         from pipeline.evaluation.clip import ClipEncoder  # here: transformers' models take seconds to import
 
         return ClipEncoder.load(path, model_type, options, device)

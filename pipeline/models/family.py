@@ -242,15 +242,18 @@ class TrainingInterface(ABC, Generic[S]):
 class SavedModelInterface(ABC):
     """The interface of a family's saved models, a folder or hub name, for evaluation and embedding.
 
-    instructed: whether its texts carry instructions.  as_clip: whether evaluation treats it like any CLIP.
+    instructed: whether its texts carry instructions.
     """
 
     instructed: ClassVar[bool] = False
-    as_clip: ClassVar[bool] = False
 
     @abstractmethod
     def owns(self, path: str, config: dict[str, Any]) -> bool:
         """Whether the model belongs to this family.  config: its config.json."""
+
+    def as_baseline(self, config: dict[str, Any]) -> bool:
+        """Whether evaluation embeds its items as MMEB's baselines do, not as training.  config: its config.json."""
+        return False
 
     def folder(self, path: str) -> Path:
         """Return the local folder with the model in transformers' format; a published one may be converted for it."""

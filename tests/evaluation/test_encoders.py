@@ -3,6 +3,7 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -30,7 +31,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from pipeline.config import EvaluationRun
+from pipeline.config import EvaluationRun, load_recipe
 from pipeline.data.sample import BadSample, Item
 from pipeline.data.video import sample_frames
 from pipeline.embedding.embedder import Embedder
@@ -39,6 +40,7 @@ from pipeline.evaluation import clip as peers
 from pipeline.evaluation.clip import PEERS
 from pipeline.evaluation.encoders import ModelEncoder, load_encoder
 from pipeline.models.chunks import pack
+from pipeline.models.clip.family import TRAINING
 from pipeline.models.llave.model import FrozenTower, Llave, TowerlessLlave
 from pipeline.models.llave.processor import LlaveProcessor
 
@@ -207,6 +209,26 @@ def test_peer_prepares_in_threads_with_uint8_pixels(peer):
 def test_unusable_peer_item_raises_bad_sample(peer, item, reason):
     with pytest.raises(BadSample, match=reason):
         load_encoder(peer, options(), CPU).prepare(item)
+
+
+@torch.no_grad()
+def test_trained_clip_is_embedded_as_in_training_and_another_as_in_mmeb(tiny_clip, tmp_path):
+    family, recipe = (
+        TRAINING["contrastive"],
+        load_recipe("pipeline/recipes/demo_clip.yaml", [f"model.path={tiny_clip}"]),
+    )
+    family.save(recipe, family.load(recipe, tiny_clip, "sdpa"), {}, tiny_clip, tmp_path)
+    picture = Item("<image>", (png(40, 30),))
+    items = [replace(picture, text="<image>\nFind the caption."), picture]
+
+    def embedded(path: Path | str) -> torch.Tensor:
+        encoder = load_encoder(str(path), options(), CPU)
+        return encoder.embed([encoder.prepare(item) for item in items])
+
+    trained, published = embedded(tmp_path), embedded(tiny_clip)
+    assert torch.equal(trained[0], trained[1])  # text beside a picture is ignored
+    assert (published[0] - published[1]).norm() > 0.1
+    assert_close_in_norm(trained[1:], published[1:])
 
 
 @torch.no_grad()

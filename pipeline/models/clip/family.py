@@ -20,10 +20,12 @@ from pipeline.models.clip.processor import ClipTexts, load_config
 from pipeline.models.family import Processor, SavedModelInterface, TrainingInterface
 from pipeline.models.files import Tensors
 from pipeline.models.flops import StepFlops
-from pipeline.models.folder import note_images
+from pipeline.models.folder import finish, note_images
 from pipeline.models.loading import DTYPES, image_reading, refuse_unknown
 from pipeline.models.two_tower import TwoTowerProcessor
 from pipeline.models.vision import Pixels, shape_of, tokens_of
+
+_TEXTS = "texts_beside_images"  # the config's field of a model that was trained here: it learned from pictures alone
 
 
 class ClipTraining(TrainingInterface[ClipSection]):
@@ -71,13 +73,15 @@ class ClipTraining(TrainingInterface[ClipSection]):
     def save(self, recipe: Recipe, model: nn.Module, weights: Tensors, source: str, folder: Path) -> None:
         clip.save(cast(Clip, model), source, folder)
         note_images(folder, source, self.section(recipe).images)
+        finish(folder, {_TEXTS: "ignored"})
 
 
 class SavedClip(SavedModelInterface):
-    as_clip = True
-
     def owns(self, path: str, config: dict[str, Any]) -> bool:
         return config.get("model_type") == "clip"
+
+    def as_baseline(self, config: dict[str, Any]) -> bool:
+        return config.get(_TEXTS) is None
 
     def dimension(self, path: str) -> int:
         return int(cast(int, load_config(path).projection_dim))
