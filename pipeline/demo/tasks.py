@@ -6,7 +6,7 @@ https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first candidate of a ro
 """
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain, islice, product
@@ -239,9 +239,9 @@ def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
     return things[rng.integers(len(things))]
 
 
-def _askable(scene: Scene) -> Sequence[Thing]:
+def _askable(scene: Scene) -> tuple[Thing, ...]:
     """Return the things that a question can be about: the held-out ones if there are any."""
-    return [thing for thing in scene.things if thing.held_out] or scene.things
+    return tuple(thing for thing in scene.things if thing.held_out) or scene.things
 
 
 def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
