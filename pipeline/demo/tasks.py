@@ -188,6 +188,8 @@ def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     near = _near(asked, split, rng, tuple(name for name in ("colour", "shape", "size") if name != attribute))
     others = [thing for thing in scene.things if thing is not asked]
     fitting = [thing for thing in _THINGS if getattr(thing, attribute) == getattr(asked, attribute)]
+    if split == "train":
+        fitting = [thing for thing in fitting if not thing.held_out]
     hard = (_text(captions.phrase(thing, "en")) for thing in (*near, *others, *fitting))
     return _Question(query, _text(captions.phrase(asked, "en")), hard)
 
