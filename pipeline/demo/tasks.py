@@ -6,7 +6,7 @@ https://huggingface.co/datasets/TIGER-Lab/MMEB-eval: the first candidate of a ro
 """
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain, islice, product
@@ -198,6 +198,8 @@ def _vqa(scene: Scene, split: Split, rng: np.random.Generator) -> _Question:
     near = _near(asked, split, rng, tuple(name for name in ("colour", "shape", "size") if name != attribute))
     others = [thing for thing in scene.things if thing is not asked]
     fitting = [thing for thing in _THINGS if getattr(thing, attribute) == getattr(asked, attribute)]
+    if split == "train":
+        fitting = [thing for thing in fitting if not thing.held_out]
     hard = (_text(captions.phrase(thing, "en")) for thing in (*near, *others, *fitting))
     return _Question(query, _text(captions.phrase(asked, "en")), hard)
 
@@ -249,9 +251,9 @@ def _asked(scene: Scene, rng: np.random.Generator) -> Thing:
     return things[rng.integers(len(things))]
 
 
-def _askable(scene: Scene) -> Sequence[Thing]:
+def _askable(scene: Scene) -> tuple[Thing, ...]:
     """Return the things that a question can be about: the held-out ones if there are any."""
-    return [thing for thing in scene.things if thing.held_out] or scene.things
+    return tuple(thing for thing in scene.things if thing.held_out) or scene.things
 
 
 def _near(thing: Thing, split: Split, rng: np.random.Generator, attributes: tuple[str, ...]) -> list[Thing]:
