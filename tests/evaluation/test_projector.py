@@ -14,6 +14,7 @@ from werkzeug.test import Client
 
 from pipeline.data.sample import Item
 from pipeline.errors import PipelineError
+from pipeline.evaluate import _plain
 from pipeline.evaluation.projector import write_projector
 from pipeline.evaluation.tasks import Collection, Ranking, Retrieval
 
@@ -138,6 +139,11 @@ def test_name_that_is_none_of_a_folder_is_refused(name, collection, tmp_path):
     with pytest.raises(ValueError, match="cannot name vectors"):
         write_projector(tmp_path, name, collection, vectors_of(0).__getitem__, queries=1)
     assert (tmp_path / "projector/model/sprite.png").exists()
+
+
+@pytest.mark.parametrize("model", [".", "..", "../..", "./"])
+def test_model_in_the_working_directory_has_a_name(model):
+    assert _plain(model) == "model"
 
 
 def test_collection_without_queries_is_an_error(tmp_path):
