@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 
 from pipeline.demo import captions, tasks
-from pipeline.demo.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Thing
+from pipeline.demo.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, Scene, Thing
 from pipeline.demo.tasks import CANDIDATES
 
 SEED = 0
@@ -75,19 +76,34 @@ def test_candidates_include_all_that_fit_question_and_other_things_of_scene(stre
         assert all(word(question) in text and differences(text, right) == 1 for text in wrong[:7])
 
 
-@pytest.mark.parametrize("stream", EVALUATED)
-def test_model_that_ignores_picture_is_right_in_at_most_10_percent(stream: str) -> None:
-    """It knows which answer each question of the training set has most often; 1 of 14 fits by chance."""
+def test_model_that_ignores_picture_is_right_in_at_most_10_percent() -> None:
+    """It knows which answer each question of the training set has most often. 2 of the 16 that fit are held out.
+
+    Those are the right ones in Scene-VQA-OOD: there it is never right.
+    """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for _, question, right, _ in asked("Scene-VQA train", 2000):
         answers[question][right] += 1
-    rows = asked(stream, 400)
+    rows = asked("Scene-VQA", 400)
     guessed = [answers[question].most_common(1)[0][0] == right for _, question, right, _ in rows]
     assert sum(guessed) / len(rows) <= 0.1
 
 
 @pytest.mark.parametrize("stream", EVALUATED)
-def test_model_that_ignores_question_is_right_in_at_most_43_percent(stream: str) -> None:
-    """It describes one thing of each scene perfectly, chosen by chance."""
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda things: things[0],
+        lambda things: things[-1],
+        lambda things: max(things, key=lambda thing: SIZES[thing.size]),
+        lambda things: min(things, key=lambda thing: SIZES[thing.size]),
+    ],
+    ids=["first", "last", "largest", "smallest"],
+)
+def test_model_that_ignores_question_is_right_in_at_most_45_percent(
+    stream: str, chosen: Callable[[tuple[Thing, ...]], Thing]
+) -> None:
+    """It describes one of the two or three things of each scene perfectly."""
     rows = asked(stream, 400)
-    assert sum(1 / len(scene.things) for scene, *_ in rows) / len(rows) <= 0.43
+    described = [captions.phrase(chosen(scene.things), "en") == right for scene, _, right, _ in rows]
+    assert sum(described) / len(rows) <= 0.45
