@@ -3,23 +3,24 @@
     bash tools/quickstart.sh --tour
     echo "a small red star at the top left" | bash tools/quickstart.sh --tour
 
-Without a display the pages' addresses are printed. They are served on this machine's loopback until the tour ends: at
-an empty line, Ctrl-D or Ctrl-C. The found pictures are also shown by RUN/tour/search.html.
+The pages' addresses are printed, too. They are served on this machine's loopback, for all who use the machine, until
+the tour ends: at an empty line, Ctrl-D or Ctrl-C. The found pictures are also shown by RUN/tour/search.html.
 """
 
 import argparse
 import os
 import socket
+import subprocess
 import sys
-import webbrowser
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from html import escape
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -97,10 +98,11 @@ def main() -> None:
     for name, address in pages.items():
         print(f"{name + ':':13}{address}")
         if has_browser:
-            webbrowser.open(address)
-    if not has_browser:
+            open_in_browser(address)
+    if not has_browser or "SSH_CONNECTION" in os.environ:  # `ssh -X` sets DISPLAY, also where no browser is installed
         forwards = " ".join(f"-L {port}:127.0.0.1:{port}" for port in map(_port, pages.values()))
         print(f"If these do not open where you sit, run there: ssh {forwards} you@{socket.gethostname()}")
+        print("To a cluster's compute node, add -J you@LOGIN, with the name of its login node")
     print("\nLoading the model ...", flush=True)
     disable_progress_bar()
     search = Search(run)
@@ -118,7 +120,7 @@ def main() -> None:
             (search.folder / "search.html").write_text(page(found), encoding="utf-8", errors="replace")
         print(f"The pictures, which are in {search.folder}: {site}/tour/search.html\n")
         if has_browser and len(found) == 1:
-            webbrowser.open(f"{site}/tour/search.html")
+            open_in_browser(f"{site}/tour/search.html")
     print(NEXT.format(run=run))
 
 
@@ -136,14 +138,32 @@ def require_finished(run: Path) -> None:
         )
 
 
-def served(folder: Path) -> str:
-    """Serve the files of a folder on a free port of the loopback while this process lives. Returns the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(folder)))
+def open_in_browser(address: str) -> None:
+    """Open a page in a process without this terminal, which a browser of the console (lynx, w3m) would take."""
+    nothing = subprocess.DEVNULL
+    command = [sys.executable, "-m", "webbrowser", address]
+    subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+
+def served(run: Path) -> str:
+    """Serve the files in RUN/report and RUN/tour on a free port of the loopback while this process lives.
+
+    Returns the address.
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(run)))
     Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
 
 
 class _Files(SimpleHTTPRequestHandler):
+    def send_head(self) -> BinaryIO | None:
+        """Send no other file of the run, and no list of a folder: other users of this machine reach its loopback."""
+        path = Path(self.translate_path(self.path))  # without `..`
+        if path.relative_to(self.directory).parts[:1] not in (("report",), ("tour",)) or not path.is_file():
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return None
+        return super().send_head()
+
     def log_message(self, *message: object) -> None:
         """The terminal belongs to the search."""
 

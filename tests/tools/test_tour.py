@@ -6,8 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from threading import Timer
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
@@ -21,7 +26,8 @@ from tools.tour import require_finished
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "constraints.txt")
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
+ELSEWHERE = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "SSH_CONNECTION")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ELSEWHERE}
 
 
 @pytest.fixture
@@ -51,68 +57,89 @@ def fetched(address: str) -> str:
     return build_opener(ProxyHandler({})).open(address, timeout=HANG_SECONDS).read().decode()
 
 
-def addresses(process: subprocess.Popen) -> dict[str, str]:
-    """Return the printed addresses by their page, once the servers run."""
-    found = {}
-    for line in iter(process.stdout.readline, ""):
-        if line.startswith("Loading"):
-            return found
-        if match := re.match(r"(.*?): +(http://\S+)$", line):
-            found[match[1]] = match[2]
-    raise AssertionError(process.communicate()[1])
+@contextmanager
+def started(checkout: Path, *command: str, stdin: int, **environment: str) -> Iterator[subprocess.Popen]:
+    """Start a command. It is killed at the end of the block, or earlier if it hangs: then nothing more can be read."""
+    pipe, variables = subprocess.PIPE, ENVIRONMENT | environment
+    with subprocess.Popen(
+        command, cwd=checkout, env=variables, stdin=stdin, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        limit = Timer(HANG_SECONDS, process.kill)
+        limit.start()
+        try:
+            yield process
+        finally:
+            limit.cancel()
+            process.kill()
+
+
+def until(process: subprocess.Popen, end: str) -> str:
+    """Return what is printed up to the first `end`."""
+    printed = ""
+    while not printed.endswith(end):
+        if not (character := process.stdout.read(1)):
+            raise AssertionError(printed + process.stderr.read())
+        printed += character
+    return printed
+
+
+def addresses(printed: str) -> dict[str, str]:
+    """Return the printed addresses by their page."""
+    return dict(re.findall(r"^(.*?): +(http://\S+)$", printed, re.MULTILINE))
 
 
 def test_sentence_from_a_pipe_finds_pictures(checkout):
-    process = subprocess.Popen(
-        ["bash", "tools/quickstart.sh", "--tour"],
-        cwd=checkout,
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    shown = addresses(process)
-    assert fetched(shown["The report"]) == "the scores"
-    board = shown["TensorBoard"].partition("#")[0]
-    assert "learning/loss" in fetched(f"{board}data/plugin/scalars/tags")
-    printed, errors = process.communicate("a red circle\n<image>\na <b> ring", timeout=HANG_SECONDS)
+    run = checkout / "runs/quickstart"
+    (run / "recipe.yaml").touch()
+    with started(checkout, "bash", "tools/quickstart.sh", "--tour", stdin=subprocess.PIPE) as process:
+        shown = addresses(until(process, "Loading"))
+        assert fetched(shown["The report"]) == "the scores"
+        site = shown["The report"].removesuffix("/report/report.html")
+        for path in ("/", "/recipe.yaml", "/report/../recipe.yaml", "/report/%2e%2e/recipe.yaml", "/report/"):
+            with pytest.raises(HTTPError, match="404"):
+                fetched(site + path)
+        board = shown["TensorBoard"].partition("#")[0]
+        assert "learning/loss" in fetched(f"{board}data/plugin/scalars/tags")
+        printed, errors = process.communicate("a red circle\n<image>\na <b> ring\n\nnot read", timeout=HANG_SECONDS)
     assert process.returncode == 0, errors
     names = re.findall(r"\d{3}\.png", printed)
-    assert len(names) == 10 and all((checkout / "runs/quickstart/tour" / name).exists() for name in names)
+    assert len(names) == 10 and all((run / "tour" / name).exists() for name in names)
     similarities = [float(each) for each in re.findall(r"│ +(-?\d\.\d{3}) │", printed)]
     for of_sentence in (similarities[:5], similarities[5:]):
         assert len(of_sentence) == 5 and of_sentence == sorted(of_sentence, reverse=True)
     assert "item 0: " in printed  # <image> without an image does not end the tour
     assert "docs/own-dataset.md" in printed
-    html = (checkout / "runs/quickstart/tour/search.html").read_text()
+    html = (run / "tour/search.html").read_text()
     assert re.findall(r'src="(.*?)"', html) == names[5:] + names[:5]  # the last search is the first on the page
     assert "<h2>a &lt;b&gt; ring</h2>" in html
     assert refuses(board.removesuffix("/"))
 
 
-def test_pages_open_in_the_browser_and_nothing_is_left_after_ctrl_c(checkout):
+def test_pages_open_in_the_browser_and_nothing_is_left_after_ctrl_c_at_the_prompt(checkout):
     browser, opened = checkout / "browser.sh", checkout / "opened"
-    browser.write_text(f'#!/bin/sh\necho "$1" >>{opened}\n')
+    browser.write_text(f'#!/bin/sh\n[ -t 0 ] && set -- terminal\necho "$1" >>{opened}\n')
     browser.chmod(0o755)
     terminal, inside = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "tools/tour.py", "runs/quickstart"],
-        cwd=checkout,
-        env=ENVIRONMENT | {"BROWSER": str(browser)},
-        stdin=inside,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    shown = addresses(process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=HANG_SECONDS)
-    os.close(terminal)
-    os.close(inside)
+    try:
+        command = (sys.executable, "tools/tour.py", "runs/quickstart")
+        variables = {"BROWSER": str(browser), "SSH_CONNECTION": "here 1 there 22"}
+        with started(checkout, *command, stdin=inside, **variables) as process:
+            printed = until(process, "A sentence (empty: end): ")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=HANG_SECONDS)
+    finally:
+        os.close(terminal)
+        os.close(inside)
     assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors, errors
-    assert opened.read_text().split() == [*shown.values()]
-    for address in shown.values():
+    pages = addresses(printed)
+    assert [*pages] == ["The report", "TensorBoard"]
+    assert re.search(r"ssh -L \d+:127.0.0.1:\d+ -L .*\n.* -J ", printed)  # a browser there may not be one here
+    end = time.monotonic() + HANG_SECONDS
+    while not opened.exists() or len(opened.read_text().split()) < 2:
+        assert time.monotonic() < end, "no browser was opened"
+        time.sleep(0.05)
+    assert sorted(opened.read_text().split()) == sorted(pages.values())
+    for address in pages.values():
         assert refuses("/".join(address.split("/")[:3]))
 
 
