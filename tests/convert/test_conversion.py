@@ -223,6 +223,7 @@ def test_too_many_rejections_stop_conversion_and_higher_limit_resumes(tmp_path):
     assert "more than --max-rejected 0.02 allows: 2 odd, 1 even; the first: number 13: odd: 13 is not wanted" in text
     assert "number 14: even" in text
     assert "raise --max-rejected" in text
+    assert text.endswith(f"delete {dest} and start again")
     read = re.search("out: 3 rows are rejected so far, of ([0-9]+) rows read, ", text)
     assert 3 <= int(read[1]) < 100
     listed = [json.loads(line)["row"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
@@ -236,7 +237,7 @@ def test_too_many_rejections_stop_conversion_and_higher_limit_resumes(tmp_path):
     assert len(read_all(dest)) == 96
 
 
-def test_too_many_rejections_stop_conversion_inside_shard(tmp_path):
+def test_too_many_rejections_stop_conversion_inside_shard(tmp_path, capsys):
     class Counted(Numbers):
         asked = 0
 
@@ -250,6 +251,10 @@ def test_too_many_rejections_stop_conversion_inside_shard(tmp_path):
     assert Counted.asked == 7
     assert len((dest / "rejected.jsonl").read_text().splitlines()) == 6
     assert content(str(dest)).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}  # the shard is not recorded
+    assert re.findall(r"converting: *(\d+)%", capsys.readouterr().err)[-1] == "0"
+    (dest / "mine.tar").touch()
+    with pytest.raises(PipelineError, match=r"\*\.idx\.npy and, unless they are SOURCE, \*\.tar in DEST"):
+        convert({str(dest): rows}, options={}, max_rejected=0.05)
 
 
 def test_error_stops_the_next_job_of_the_only_process(tmp_path):
