@@ -217,7 +217,7 @@ def test_values_wait_for_a_server_that_comes_back(failing, run, monkeypatch, cap
     opened = Trackers(["wandb"], run, CONFIG, HANG_MINUTES)
     for step in (1, 2):
         opened.log({"learning/loss": 1.0}, step)
-    while not failing.noted[1:]:  # at the end it would give up sooner
+    while opened._callers[0]._thread.is_alive() and not failing.noted[1:]:  # at the end it would give up sooner
         opened._callers[0]._thread.join(0.001)
     opened.end(failed=False)
     assert failing.noted == [1, 2, "end"]
@@ -244,6 +244,7 @@ def test_end_does_not_wait_for_a_pause(failing, run, caplog):
         opened._callers[0]._thread.join(0.001)
     opened.end(failed=False)
     assert LEFT_OUT in caplog.messages
+    assert failing.failures == 1  # it was called once more
 
 
 def test_tracker_that_is_not_installed_is_refused(monkeypatch):

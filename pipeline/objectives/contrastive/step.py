@@ -65,7 +65,7 @@ class ContrastiveResult(StepResult):
         positive = columns[0][valid == 1]
         right = columns[0] > columns[1]
         _, hardest, mean_negative, effective, share = columns[:5, compared]
-        metrics = {
+        metrics: dict[str, Any] = {
             "loss": float(loss.mean()),
             "precision": _mean(right[compared]),
             "positive_similarity": _mean(positive),
