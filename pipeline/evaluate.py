@@ -22,8 +22,9 @@ program is killed and started again, it continues from the embeddings there.
 dimensions=[64,256] and vectors=[int8,binary] score smaller vectors, too: cut to these sizes, with candidates rounded to
 these types. Queries are cut, and stay float32. No item is embedded again for this.
 
-projector=20 writes 20 queries of each dataset, and their right answers, for TensorBoard's embedding projector: start
-`tensorboard --logdir OUT/tensorboard`. Of an evaluation that is complete, no item is embedded again.
+projector=20 writes 20 queries of each dataset (of captions: in each direction), with one right answer to each, for
+TensorBoard's embedding projector: start `tensorboard --logdir OUT/tensorboard`. After a complete evaluation, this
+embeds nothing again.
 """
 
 import argparse
@@ -109,8 +110,8 @@ def main() -> None:
 
 
 def _plain(name: str) -> str:
-    """The name with only characters that suit a folder."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    """The name with only characters that suit a folder; never empty, also of a model in `.` or `..`."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
 if __name__ == "__main__":

@@ -67,6 +67,6 @@ class EvaluationRun(Encoding):
     projector: int = Field(
         0,
         ge=0,
-        description="write this many queries of each dataset, and their right answers, to OUT/tensorboard for "
-        "TensorBoard's embedding projector; 0: none",
+        description="write this many queries of each dataset (of captions: in each direction), with one right answer "
+        "to each, to OUT/tensorboard for TensorBoard's embedding projector; 0: none",
     )

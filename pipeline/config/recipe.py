@@ -210,8 +210,8 @@ class Evaluation(Section):
     projector: int = Field(
         0,
         ge=0,
-        description="each evaluation writes this many queries of each dataset, and their right answers, for "
-        "TensorBoard's embedding projector; 0: none",
+        description="each evaluation writes this many queries of each dataset (of captions: in each direction), with "
+        "one right answer to each, for TensorBoard's embedding projector; 0: none",
     )
 
 

@@ -1,5 +1,6 @@
 """Evaluation of the model while it trains."""
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.models.compact import smaller_forms
 from pipeline.models.family import Processor
 from pipeline.models.registry import training_of
 from pipeline.training.monitor import evaluation_of
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -74,9 +77,13 @@ class Evaluation:
         def score() -> Report | None:
             if store is None:
                 return None
+            result = measure(name, collection, store.take, forms=forms, device=device)
             if self.recipe.evaluation and (queries := self.recipe.evaluation.projector):
-                write_projector(Path(name, "tensorboard"), f"step-{step:08d}", collection, store.take, queries)
-            return measure(name, collection, store.take, forms=forms, device=device)
+                try:
+                    write_projector(Path(name, "tensorboard"), f"step-{step:08d}", collection, store.take, queries)
+                except Exception as error:  # the other ranks wait, and no picture is worth a run
+                    logger.warning("the embedding projector does not show step %d: %r", step, error)
+            return result
 
         report = on_first_rank(score, "the scores")
         return report if store else None

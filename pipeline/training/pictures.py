@@ -139,7 +139,7 @@ def _right(batch: Batch, query: _Query) -> set[int]:
 
 def drawn(rows: Sequence[Row]) -> np.ndarray:
     """Return the rows as one picture (height, width, 3) uint8."""
-    import matplotlib  # here: no other part of training needs it, and each of its processes would start later
+    import matplotlib  # here: each process of training imports this module, and would start later
 
     fonts = Path(matplotlib.get_data_path(), "fonts/ttf")
     font, bold = (ImageFont.truetype(str(fonts / name), _SIZE) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))

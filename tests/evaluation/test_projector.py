@@ -103,6 +103,49 @@ def test_queries_are_evenly_spaced(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [(name, None) for name in ("vectors.bytes", "labels.tsv", "sprite.png")]
+    + [("vectors.bytes", b""), ("vectors.bytes", b"cut"), ("labels.tsv", b"")],
+)
+def test_step_that_is_not_complete_is_left_out(file, content, collection, tmp_path, caplog):
+    collection.tasks.append(Ranking("QA", "vqa", True, np.array([0]), [np.array([2])]))
+    for step in ("a", "b", "c"):
+        if step == "b":
+            damaged = tmp_path / "projector/a" / file
+            damaged.unlink()
+            if content is not None:
+                damaged.write_bytes(content)
+        write_projector(tmp_path, step, collection, vectors_of(0).__getitem__, queries=1)
+    shown = json.loads(asked(tmp_path, "/info"))["embeddings"]
+    assert [each["tensorName"] for each in shown] == ["b", "c"]
+    assert f"{tmp_path}/projector/a is not complete" in caplog.text
+
+
+def test_what_killed_processes_left_is_removed(collection, tmp_path):
+    collection.tasks.append(Ranking("QA", "vqa", True, np.array([0]), [np.array([2])]))
+    (tmp_path / "projector/.old.host-1.partial").mkdir(parents=True)
+    (tmp_path / ".projector_config.pbtxt.host-1.partial").touch()
+    write_projector(tmp_path, "model", collection, vectors_of(0).__getitem__, queries=1)
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["projector", "projector_config.pbtxt"]
+    assert [path.name for path in tmp_path.glob("projector/*")] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b"])
+def test_name_that_is_none_of_a_folder_is_refused(name, collection, tmp_path):
+    collection.tasks.append(Ranking("QA", "vqa", True, np.array([0]), [np.array([2])]))
+    write_projector(tmp_path, "model", collection, vectors_of(0).__getitem__, queries=1)
+    with pytest.raises(ValueError, match="cannot name vectors"):
+        write_projector(tmp_path, name, collection, vectors_of(0).__getitem__, queries=1)
+    assert (tmp_path / "projector/model/sprite.png").exists()
+
+
+def test_collection_without_queries_is_an_error(tmp_path):
+    collection = Collection(tasks=[Ranking("QA", "vqa", True, np.array([], int), [])])
+    with pytest.raises(PipelineError, match="no query"):
+        write_projector(tmp_path, "model", collection, vectors_of(0).__getitem__, queries=1)
+
+
 def test_folder_that_cannot_be_written_is_named(collection, tmp_path):
     collection.tasks.append(Ranking("QA", "vqa", True, np.array([0]), [np.array([2])]))
     (tmp_path / "file").touch()
