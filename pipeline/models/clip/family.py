@@ -60,10 +60,7 @@ class ClipTraining(TrainingInterface[ClipSection]):
     def towers(self, recipe: Recipe) -> Sequence[PreTrainedConfig]:
         model = self.section(recipe)
         if model.architecture:
-            # The tokenizer is not trained yet; transformers warns about its own ids if the vocabulary is small.
-            marks = {"bos_token_id": 0, "eos_token_id": 1}
-            text = CLIPTextConfig(**(marks | dict(model.architecture.text)))
-            return [CLIPVisionConfig(**model.architecture.vision), text]
+            return [CLIPVisionConfig(**model.architecture.vision), CLIPTextConfig(**model.architecture.text)]
         config = load_config(cast(str, model.path))
         return [cast(CLIPVisionConfig, config.vision_config), cast(CLIPTextConfig, config.text_config)]
 
