@@ -266,6 +266,7 @@ def main() -> None:
         raise PipelineError("--work must name a new folder, and --blocks be at least 8")
     arguments.work.mkdir(parents=True)
     count = 4 * (arguments.blocks // 4) + 2
+    norms, adam = (1e9 * seconds / arguments.offloaded for seconds in of_offload(arguments.offloaded))
     run = trained(arguments.work.resolve(), BLOCK * (count + 1))
     whole_steps, step = compared(run, count)
     found = parts_of(run, count)
@@ -274,7 +275,6 @@ def main() -> None:
     for part, seconds in [*sorted(found.items(), key=lambda item: -item[1]), ("all", whole)]:
         by_part.add_row(part, f"{1e3 * seconds:.3f}", f"{100 * seconds / step:.3f}")
     Console(width=140).print(whole_steps, by_part)
-    norms, adam = (1e9 * seconds / arguments.offloaded for seconds in of_offload(arguments.offloaded))
     print(f"offload: the norms take {norms:.3f} ns a gradient, CPU Adam {adam:.3f} ns")
     print(f"{1e3 * whole:.2f} ms: {whole / step:.2%} of this step, {whole / LONG_STEP:.3%} of one of {LONG_STEP:g} s")
 

@@ -1,6 +1,6 @@
 """Embed texts, images and videos and search among them; or embed the captions or items of datasets for training.
 
-    python -m pipeline.embed MODEL --texts captions.txt --images 'photos/**/*.jpg' --out embeddings
+    python -m pipeline.embed MODEL --texts captions.txt --images photos --out embeddings
     python -m pipeline.embed MODEL --out embeddings --query "a red star" --top 5
     python -m pipeline.embed MODEL --out embeddings --query-image star.png
     python -m pipeline.embed MODEL --videos 'clips/*.mp4' --query "a red star moves to the left"
@@ -49,7 +49,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import Encoding, EvaluatedVideo
-from pipeline.data.sample import IMAGE_MARK, VIDEO_MARK
+from pipeline.data.sample import IMAGE_MARK, PICTURE_ENDINGS, VIDEO_MARK, VIDEO_SUFFIXES
 from pipeline.embedding.embedder import LEAST_TOKENS, Embedder, Parts, family_for
 from pipeline.embedding.folder import KINDS, EmbeddingFolder, Identity, best
 from pipeline.errors import PipelineError, printable
@@ -81,8 +81,10 @@ def main() -> None:
         raise PipelineError("--encoder embeds the captions or items of a dataset: name it with --shards")
     kinds = {}
     for kind in KINDS:
-        if (given := getattr(arguments, kind)) is not None:
-            kinds[kind] = _lines(Path(given)) if kind == "texts" else _files(f"--{kind}", given)
+        if given := getattr(arguments, kind):
+            found = (_lines(Path(each)) if kind == "texts" else _files(kind, each) for each in given)
+            ids = [each for part in found for each in part]
+            kinds[kind] = ids if kind == "texts" else list(dict.fromkeys(ids))  # two patterns may match one file
     query: Parts = {}
     if arguments.query is not None:
         query["text"] = arguments.query
@@ -124,6 +126,8 @@ def main() -> None:
                 out.write(kind, ids, _rows(embedder, kind, ids, size), identity)
             except OSError as error:
                 raise PipelineError(f"{error.filename or out.folder}: {error.strerror or error}") from None
+            if arguments.out:
+                print(printable(f"{len(ids):,} {kind if len(ids) > 1 else kind[:-1]} -> {out.folder / kind}.npy"))
         if query:
             vector = embedder.embed([query], size)[0].numpy()
             title = " with ".join(filter(None, (arguments.query_image, arguments.query)))
@@ -166,9 +170,12 @@ def _embed_shards(arguments: argparse.Namespace) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--texts", metavar="FILE", help="a UTF-8 file with a text on each line; empty lines are errors")
-    parser.add_argument("--images", metavar="GLOB", help="glob of image files, in quotes; ** matches nested folders")
-    parser.add_argument("--videos", metavar="GLOB", help="video files, likewise")
+    parser.add_argument(
+        "--texts", metavar="FILE", action="append", help="UTF-8 with a text on each line, none empty; repeatable"
+    )
+    images = "a folder, with the folders in it; or a glob in quotes, where ** matches nested folders; repeatable"
+    parser.add_argument("--images", metavar="FOLDER|GLOB", action="append", help=images)
+    parser.add_argument("--videos", metavar="FOLDER|GLOB", action="append", help="video files, likewise")
     shards = "a dataset of images and captions, or with --items of any pairs; may be repeated"
     parser.add_argument("--shards", metavar="URL", action="append", help=shards)
     items = "with --shards: embed all items, of any pairs, as a teacher's vectors; default: only the captions"
@@ -208,7 +215,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", type=_at_least(1), metavar="N", help=chunk)
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
-        if value in ("", [""]):  # for example from an unset shell variable
+        if value == "" or (isinstance(value, list) and "" in value):  # for example from an unset shell variable
             parser.error(f"{name} is empty")
     return arguments
 
@@ -245,15 +252,23 @@ def _lines(path: Path) -> list[str]:
     return texts
 
 
-def _files(option: str, pattern: str) -> list[str]:
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-    files = sorted(path for path in found if Path(path).is_file())
+def _files(kind: str, given: str) -> list[str]:
+    """Return the files that a glob matches; of a folder the pictures, or videos, known by their endings in any case."""
+    is_folder = Path(given).is_dir()
+    found = glob.glob(f"{glob.escape(str(Path(given)))}/**/*" if is_folder else given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    endings = PICTURE_ENDINGS if kind == "images" else VIDEO_SUFFIXES
+    files = sorted(path for path in found if Path(path).is_file() and (not is_folder or _ending(path) in endings))
+    if not files and is_folder:
+        raise PipelineError(f"--{kind} {given!r} is a folder without files that end with {', '.join(sorted(endings))}")
     if not files:
-        hint = ": it is a folder; use FOLDER/**/* for its files" if Path(pattern).is_dir() else ""
-        raise PipelineError(f"{option} {pattern!r} matches no file{hint}")
+        raise PipelineError(f"--{kind} {given!r} matches no file")
     if broken := next((path for path in files if "\n" in path), None):
         raise PipelineError(f"{broken!r} has a line end in its name, which the list of ids cannot contain: rename it")
     return files
+
+
+def _ending(path: str) -> str:
+    return Path(path).suffix[1:].lower()
 
 
 def _rows(embedder: Embedder, kind: str, ids: Sequence[str], size: int) -> Iterator[torch.Tensor]:

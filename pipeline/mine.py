@@ -14,10 +14,12 @@ If the program is killed and started again, it continues. The result does not de
 """
 
 import argparse
+import os
 
 from pipeline.config import MiningRun, parse_options
 from pipeline.distributed import end_distributed
 from pipeline.embedding.mining import mine
+from pipeline.errors import printable
 from pipeline.jobs.program import command_line
 from pipeline.storage import objects
 
@@ -36,6 +38,9 @@ def main() -> None:
     options = parse_options(MiningRun, arguments.options)
     objects.configure(**options.store())
     mine(arguments.model, arguments.shards, options)
+    if int(os.environ.get("RANK", 0)) == 0:
+        place = f"in {options.out}" if options.out else f"beside the shards in {arguments.shards}"
+        print(printable(f"the negatives are {place}: train with data.negatives={options.out or 'beside'}"))
     end_distributed()
 
 

@@ -17,7 +17,11 @@ case "${1:-}" in
         ;;
 esac
 for override in "$@"; do
-    case $override in run=*) setup_failed "the quickstart always writes runs/quickstart from scratch; leave out $override" ;; esac
+    case $override in
+        run=*) setup_failed "the quickstart always writes runs/quickstart from scratch; leave out $override" ;;
+        *=*) ;;
+        *) setup_failed "$override is no key=value; --tour and --help stand alone" ;;
+    esac
 done
 
 setup_environment

@@ -33,7 +33,6 @@ from pipeline.storage.objects import ObjectError
 UNFINISHED = ".unfinished"
 REJECTED_FILE = "rejected.jsonl"
 _PLAN = "plan"  # no job has this name
-_RESTART = f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
 _SOURCE_STATE = ("content", "rows", "row_sizes")  # members of a plan that describe the source's content
 
 logger = logging.getLogger(__name__)
@@ -132,8 +131,8 @@ def run_conversions(
                     futures = [threads.submit(conversion.run, job, run) for conversion, job in todo]
                     for future in as_completed(futures):
                         conversion, job = future.result()
+                        conversion.finalize()  # first: a job that rejected too many rows has not read all of them
                         bar.update(conversion.work.jobs[job])
-                        conversion.finalize()
             except PipelineError:
                 # All jobs have ended. Finish the conversions whose jobs are all done.
                 for conversion in conversions:
@@ -220,7 +219,8 @@ class _Conversion:
             raise PipelineError(
                 f"{self.dest}: {len(rejected)} rows are rejected so far, of {read} rows read, more than --max-rejected "
                 f"{self._max_rejected} allows: {_causes(rejected)}; the first: {first}. They are in {REJECTED_FILE} "
-                f"there: raise --max-rejected to continue without them, or correct them, {_RESTART}"
+                f"there. To continue without them, raise --max-rejected; or correct them, "
+                f"{_restart(self.dest, self.work)}"
             )
         if complete:
             self._finish(done, rejected)
@@ -264,16 +264,17 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
     for dest, work in works.items():
         if objects.exists(url := _record_url(dest, _PLAN)):
             begun.add(dest)
-            wanted, plan = json.loads(_json(work.plan)), parse_json(objects.read(url), url, dict, remedy=_RESTART)
+            restart = _restart(dest, work)
+            wanted, plan = json.loads(_json(work.plan)), parse_json(objects.read(url), url, dict, remedy=restart)
             for name in wanted | plan:
                 if plan.get(name) != wanted.get(name):
                     was, now = plan.get(name), wanted.get(name)
                     raise PipelineError(
                         f"{dest} contains an unfinished conversion, but SOURCE has changed since the conversion began: "
-                        f"restore it, or {_RESTART}"
+                        f"restore it, or {restart}"
                         if name in _SOURCE_STATE
                         else f"{dest} contains an unfinished conversion whose {name} was {was!r} and is now {now!r}: "
-                        f"give the same command with the same source, or {_RESTART}"
+                        f"give the same command with the same source, or {restart}"
                     )
     finished = [dest for dest in works if objects.exists(objects.join(dest, INDEX_FILE))]
     if not begun:
@@ -293,6 +294,16 @@ def _open(works: Mapping[str, Work], max_rejected: float, files: list[tuple[str,
     for dest in finished:
         _remove_unfinished(dest)
     return [_Conversion(number, dest, work, max_rejected) for number, (dest, work) in enumerate(unfinished.items())]
+
+
+def _restart(dest: str, work: Work) -> str:
+    """Say what to delete before a conversion can begin again: DEST, unless something else, such as SOURCE, is in it."""
+    ours = {REJECTED_FILE, *work.files, *(job + end for job in work.jobs for end in (".tar", ".idx.npy"))}
+    place = dest if "://" in dest else str(Path(dest))
+    found = [url.removeprefix(objects.join(place, "")) for url in objects.list_under(dest)]
+    if all(name in ours or name.startswith((f"{UNFINISHED}/", f"{lock.FOLDER}/")) for name in found):
+        return f"delete {dest} and start again"
+    return f"delete {UNFINISHED}, {REJECTED_FILE}, *.idx.npy and, unless they are SOURCE, *.tar in DEST and start again"
 
 
 def _refuse_overwriting(urls: list[str]) -> None:

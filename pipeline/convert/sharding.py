@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.convert.engine import JobResult, TooManyRejected, Work, allowed, run_conversions
 from pipeline.convert.workers import check_stop
 from pipeline.data.index import Index
-from pipeline.data.sample import BYTE_ORDER_MARK, BadSample, Pair, Single, text_fault
+from pipeline.data.sample import BYTE_ORDER_MARK, PICTURE_ENDINGS, VIDEO_SUFFIXES, BadSample, Pair, Single, text_fault
 from pipeline.data.shards import write_shard
 from pipeline.data.tiles import decode_image
 from pipeline.data.video import sample_frames
@@ -201,13 +201,22 @@ class ImageFolder:
         path = self.path(name)
         try:
             if not path.is_file():
-                raise Rejection("missing file", name)
+                raise Rejection("missing file", self._absent(name, path))
             data = path.read_bytes()
             return data, decode(data)
         except OSError as error:
             raise Rejection("unreadable file", f"{name}: {error.strerror}") from None
         except BadSample as reason:
             raise Rejection(f"broken {kind}", f"{name}: {reason}") from None
+
+    def _absent(self, name: str, path: Path) -> str:
+        """Say where the file is missing, and whether one is there with another ending."""
+        if path.exists():
+            return f"{name} in {self.folder} is not a file"
+        endings = [each for ending in sorted({*PICTURE_ENDINGS, *VIDEO_SUFFIXES}) for each in (ending, ending.upper())]
+        others = (path.with_suffix(f".{ending}") for ending in endings)
+        near = next((f"; {other.name} is there" for other in others if other.is_file()), "")
+        return f"{name} is not in {self.folder}{near}"
 
 
 def checked_text(text: str, images: int = 0, videos: int = 0) -> str:

@@ -22,6 +22,7 @@ EMPTY_TEXT = "empty text"  # a cause of `text_fault`
 
 # The supported image formats by Pillow's names, with their file suffixes.
 IMAGE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
+PICTURE_ENDINGS = frozenset({*IMAGE_SUFFIXES.values(), "jpeg"})  # of files that users bring, in lower case
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 
 

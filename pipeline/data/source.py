@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.config import Data, Part
 from pipeline.data.batch import Origin
 from pipeline.data.dataset import Dataset, first_samples
-from pipeline.data.index import Index, Shard
+from pipeline.data.index import INDEX_FILE, Index, Shard
 from pipeline.data.lengths import Lengths
 from pipeline.data.mined import MINED_FILE, Mined, Referral, with_negatives
 from pipeline.data.neighbours import Neighbours, load_neighbours
@@ -61,7 +61,7 @@ class Source:
         objects.configure(**data.store())
         urls = [objects.join(data.url, part.name) for part in data.datasets] or [data.url]
         with ThreadPoolExecutor(8) as pool:
-            indexes = tuple(zip(urls, pool.map(Index.load, urls), strict=True))
+            indexes = tuple(zip(urls, pool.map(partial(_index, data), urls), strict=True))
         shards = tuple((number, shard) for number, (_, index) in enumerate(indexes) for shard in index.shards)
         embeddings = _stores(CAPTIONS, data.text_embeddings, data, indexes) if data.text_embeddings else ()
         teacher = _stores(ITEMS, data.teacher, data, indexes) if data.teacher else ()
@@ -361,6 +361,19 @@ def _parsed(data: bytes, index: Index) -> Pair:
     if not isinstance(pair, Pair):
         raise BadSample("an item of an evaluation set, not a pair to train on")
     return pair
+
+
+def _index(data: Data, url: str) -> Index:
+    try:
+        return Index.load(url)
+    except ObjectError as error:
+        if objects.exists(objects.join(url, INDEX_FILE)):
+            raise
+        one = data.datasets and objects.exists(objects.join(data.url, INDEX_FILE))
+        remedy = (
+            f"{data.url} is itself a dataset: give data.datasets=[]" if one else "tools/make_shards.py makes shards"
+        )
+        raise ObjectError(f"{error}; {remedy}") from None
 
 
 def _beside_or_below(place: str, data: Data, indexes: Sequence[tuple[str, Index]]) -> list[str]:

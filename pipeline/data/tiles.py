@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.data.sample import IMAGE_SUFFIXES, BadSample
 
@@ -143,6 +143,8 @@ def decode_image(data: bytes, as_stored: bool = False, needed: Needed | None = N
         if needed:
             _scale_down(image, as_stored, needed)
         return rgb(image, as_stored)
+    except UnidentifiedImageError:  # its message shows a buffer's address
+        raise BadSample(f"undecodable image: not a {' or '.join(IMAGE_SUFFIXES)}, or damaged") from None
     except Exception as error:  # Pillow's decoders raise many types on damaged input
         raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
 

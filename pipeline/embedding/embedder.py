@@ -291,4 +291,4 @@ def _from_file(path: Path, decode: Callable[[bytes], Any]) -> Any:
     except OSError as error:
         raise BadSample(f"{path}: {error.strerror}") from None
     except BadSample as reason:
-        raise BadSample(f"{path}: {reason}") from None
+        raise BadSample(f"{path}: {reason}: replace the file, or leave it out") from None

@@ -325,14 +325,18 @@ def _references(dataset: MinedDataset, targets: Targets, ranks: Ranks, places: n
 
 def _log(dataset: MinedDataset, index: MinedIndex) -> None:
     queries, mined = index.total("queries"), index.total("mined")
+    dropped = index.total("above_margin") + index.total("above_absolute_margin")
     logger.info(
-        "%s: %s negatives for %s queries, mean similarity %.3f (targets %.3f); likely right and dropped: %s",
+        "%s: %s negatives for %s queries, mean similarity %.3f (targets %.3f); likely right and dropped: %s, for each "
+        "query %.1f of the nearest %s",
         printable(dataset.place),
         f"{mined:,}",
         f"{queries:,}",
         index.mean_score,
         index.mean_positive,
-        f"{index.total('above_margin') + index.total('above_absolute_margin'):,}",
+        f"{dropped:,}",
+        dropped / max(queries, 1),
+        f"{index.metadata.depth:,}",
     )
     if mined < queries * index.metadata.count:
         logger.warning(

@@ -158,6 +158,6 @@ def nearly_full(folder: Path, size: int) -> str:
     if free >= size:
         return ""
     return (
-        f"the disk of {folder} has {free / 1e9:.3g} GB left, and a checkpoint takes {size / 1e9:.3g} GB: the next one "
-        "will fail; remove files, or lower checkpoint.keep"
+        f"the disk of {folder} has {free / 1e9:.3g} GB left, and a checkpoint takes {size / 1e9:.3g} GB: there is no "
+        "room for another one; remove files, or lower checkpoint.keep"
     )

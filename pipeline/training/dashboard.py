@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ class Dashboard:
             self._excepthook(ended)
 
     def end_trackers(self, *, failed: bool) -> None:
+        """Wait for the trackers, after what is written so far is on disk: a launcher may end the process meanwhile."""
         if self._trackers:
+            with suppress(OSError):  # the run has raised it, or `close` does
+                self._board.flush()
             self._trackers.end(failed)
 
     def close(self) -> None:

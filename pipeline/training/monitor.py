@@ -209,11 +209,13 @@ class Monitor:
         if self.leads:
             if error:
                 self.warnings.write(f"the run failed: {error if isinstance(error, PipelineError) else repr(error)}")
-            self.board.end_trackers(failed=error is not None)  # it may warn
-            logging.getLogger("pipeline").removeHandler(self.warnings)
-            self.warnings.close()
-            self.bar.close()
-            self.board.close()
+            try:
+                self.board.end_trackers(failed=error is not None)  # it may warn
+            finally:  # also after Ctrl-C
+                logging.getLogger("pipeline").removeHandler(self.warnings)
+                self.warnings.close()
+                self.bar.close()
+                self.board.close()
 
     def describe(self, recipe: Recipe, processes: int, resolved: str) -> None:
         """Show the recipe and the software's versions, and from the first step on the run's row of hyperparameters.
@@ -224,7 +226,8 @@ class Monitor:
             self.board.text("recipe", f"```yaml\n{resolved}```", self.start)
             self._describe = partial(self.board.hyperparameters, recipe, processes)
             if recipe.trackers:
-                self.board.track(Trackers(recipe.trackers, self.folder, compared(recipe, processes)))
+                hyperparameters = compared(recipe, processes)
+                self.board.track(Trackers(recipe.trackers, self.folder, hyperparameters, recipe.timeout_minutes))
 
     def consumed(self, step: int, origins: Iterable[Origin]) -> None:
         """Record the origins of the samples that this rank consumed in `step`."""

@@ -187,7 +187,7 @@ class Saver:
             self._make_whole(step, unfinished, files)
         self._store.set(self._whole, "")
         if alarm := nearly_full(self.folder, sum(file.bytes for file in files.values())):
-            logger.warning(alarm)  # now, when there is time until the next one
+            logger.warning(alarm)  # now, when there may be time until the next one
 
     def _written(self, unfinished: Path) -> dict[str, File]:
         """Write this rank's files to disk; return their sizes and checksums by name."""

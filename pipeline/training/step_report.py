@@ -112,7 +112,7 @@ class StepReport:
         self._skipped += 1
         step, patience = metrics["step"], self._recipe.optimizer.patience
         is_skipped = not math.isfinite(metrics["grad_norm"])
-        where = f" on rank{'s' * (len(ranks) > 1)} {first_few([*map(str, ranks)])}"
+        where = f" from rank{'s' * (len(ranks) > 1)} {first_few([*map(str, ranks)])}"
         where *= 0 < len(ranks) < dist.get_world_size()
         what = f"step {step}: loss {metrics['loss']:.4g}{where}, gradient norm {metrics['grad_norm']:.4g}"
         if self._skipped <= patience:

@@ -3,7 +3,7 @@
 Their servers and credentials come from their own environment variables (WANDB_MODE, WANDB_API_KEY, WANDB_PROJECT,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME); nothing of them is written or logged. They get the scalars of TensorBoard
 and the hyperparameters. Each is called in a thread of its own, because no step must wait for its server. One that
-raises an error is left out with a warning, because it must not stop a run.
+keeps failing is left out with a warning, because it must not stop a run.
 """
 
 import json
@@ -29,12 +29,15 @@ _LONGEST = 500  # characters of a parameter in all versions of MLflow
 _IDS = "trackers.json"  # in the run directory: the id of its run by tracker, with which a later start continues it
 _BEGIN_SECONDS = 60.0  # that a start waits for a tracker to begin
 _END_SECONDS = 30.0  # that a run waits at its end for all trackers to take what is left
-_FORK_SECONDS = 5.0  # that a fork waits for calls to end
-_MOST_WAITING = 1000  # calls, of a step each, that wait for a tracker
+_FAILED_SECONDS = 3.0  # the same after a failure: the launcher ends all ranks soon after the first one that ended
+_FORK_SECONDS = 5.0  # after the beginning of a call, in which forks wait for its end
+_MOST_WAITING = 1000  # calls, each with the values of a step or an evaluation, that wait for a tracker
+_ATTEMPTS, _PAUSE_SECONDS = 30, 60.0  # of a call that fails; the client may have repeated its requests itself
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_calling: set[int] = set()  # threads in a call of a tracker
+_callers: "list[_Caller]" = []  # of this process
+_forking = threading.local()  # held: the locks that a thread holds while it forks
 _keeping = threading.Lock()  # held while _IDS is written
 
 
@@ -53,98 +56,139 @@ class _Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers of one start of a run. `log` never waits."""
+    """The trackers of one start of a run. `log` never waits.
 
-    def __init__(self, names: Sequence[str], run: Path, config: Mapping[str, float | str | bool]) -> None:
+    timeout_minutes: that other ranks wait in a collective. A start waits for each tracker to begin, but for at most a
+    quarter of this.
+    """
+
+    def __init__(
+        self, names: Sequence[str], run: Path, config: Mapping[str, float | str | bool], timeout_minutes: float
+    ) -> None:
         self._callers: list[_Caller] = []
-        until = time.monotonic() + _BEGIN_SECONDS
         for name in names:  # in turn: two threads that import the same packages may disturb each other
             self._callers.append(_Caller(name, partial(_KINDS[name], run, config)))
-            self._callers[-1].await_begin(until)
+            self._callers[-1].await_begin(min(_BEGIN_SECONDS, 60 * timeout_minutes / 4))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Give a step's values to all trackers, which get them in order."""
-        now = time.time()
         for caller in self._callers:
-            caller.call_later(lambda tracker: tracker.log(values, step, now))
+            caller.log(values, step, time.time())
 
     def end(self, failed: bool) -> None:
-        """Wait until the trackers have all values, but not for long."""
-        until = time.monotonic() + _END_SECONDS
+        """Wait until the trackers have all values, but not for long, and warn of what they lack."""
+        until = time.monotonic() + (_FAILED_SECONDS if failed else _END_SECONDS)
         for caller in self._callers:
-            caller.end_later(failed, until)
+            caller.begin_end(failed)
         for caller in self._callers:
             caller.await_end(until)
 
 
 class _Caller:
-    """Calls one tracker in a thread.  make: creates the tracker, also in the thread."""
+    """Calls one tracker in a thread.  make: creates the tracker, also in the thread.
+
+    calling: held during a call.  called: when the last one began, by the monotonic clock.
+    """
 
     def __init__(self, name: str, make: Callable[[], _Tracker]) -> None:
-        self._name, self._make, self._dropped, self._begun = name, make, 0, threading.Event()
-        self._calls: queue.Queue[Callable[[_Tracker], None] | None] = queue.Queue(_MOST_WAITING)
+        self._name, self._make, self._drops = name, make, False
+        self._begun, self._ending, self._failed = threading.Event(), threading.Event(), False
+        self._given = self._taken = 0
+        self._waiting = queue.SimpleQueue[tuple[Mapping[str, float], int, float] | None]()
+        self.calling, self.called = threading.RLock(), 0.0  # reentrant: a call may fork itself
+        _callers.append(self)
         # A daemon: a server that does not answer must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def await_begin(self, until: float) -> None:
-        if not self._begun.wait(max(until - time.monotonic(), 0)):
+    def await_begin(self, seconds: float) -> None:
+        if not self._begun.wait(seconds):
             logger.warning("%s does not answer: the run begins without it, and its values wait", self._name)
 
-    def call_later(self, call: Callable[[_Tracker], None]) -> None:
-        """Drop the call if too many wait: the tracker's server may be away for hours."""
+    def log(self, values: Mapping[str, float], step: int, now: float) -> None:
+        """Drop the values if too many wait: the tracker's server may be away for hours."""
+        self._given += 1
         if not self._thread.is_alive():
             return
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            self._dropped += 1
-            if self._dropped == 1:
-                logger.warning(
-                    "%s is slow or does not answer, and %d steps wait for it: it lacks the values of the next ones",
-                    self._name,
-                    _MOST_WAITING,
-                )
+        if self._waiting.qsize() < _MOST_WAITING:
+            self._waiting.put((values, step, now))
+        elif not self._drops:
+            self._drops = True
+            logger.warning(
+                "%s is slow or does not answer, and the values of %d calls wait for it: it lacks the next ones",
+                self._name,
+                _MOST_WAITING,
+            )
 
-    def end_later(self, failed: bool, until: float) -> None:
-        if self._thread.is_alive():
-            with suppress(queue.Full):
-                self._calls.put(lambda tracker: tracker.end(failed), timeout=max(until - time.monotonic(), 0))
-                self._calls.put(None, timeout=max(until - time.monotonic(), 0))
+    def begin_end(self, failed: bool) -> None:
+        self._failed = failed
+        self._waiting.put(None)
+        self._ending.set()
 
     def await_end(self, until: float) -> None:
         self._thread.join(max(until - time.monotonic(), 0))
         if self._thread.is_alive():
-            logger.warning("%s does not answer: it lacks the last values of this start", self._name)
+            logger.warning("%s does not answer, and does not know that this start has ended", self._name)
+        if lacking := self._given - self._taken:
+            logger.warning("%s lacks the values of %d of %d calls of this start", self._name, lacking, self._given)
 
     def _run(self) -> None:
         try:
-            tracker = self._called(self._make)
+            tracker = self._call(self._make)
             self._begun.set()
-            while call := self._calls.get():
-                self._called(partial(call, tracker))
+            while values := self._waiting.get():
+                self._repeat(partial(tracker.log, *values))
+                self._taken += 1
+            self._call(partial(tracker.end, self._failed))
         except Exception as error:
-            # Only its type: a message may contain a URL with a password.
-            logger.warning("%s failed (%s) and gets no more of this start", self._name, type(error).__name__)
+            logger.warning("%s failed (%s) and gets no more of this start", self._name, _named(error))
         self._begun.set()
 
-    def _called(self, call: Callable[[], _T]) -> _T:
-        thread = threading.get_ident()
-        _calling.add(thread)
-        try:
+    def _repeat(self, call: Callable[[], None]) -> None:
+        """Repeat a call that fails, because its server may come back. Raises its last error."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            is_last = attempt == _ATTEMPTS or self._ending.is_set()
+            try:
+                self._call(call)
+                return
+            except Exception as error:
+                if is_last:
+                    raise
+                if attempt == 1:
+                    logger.warning("%s failed (%s): its values wait, and it is called again", self._name, _named(error))
+            self._ending.wait(_PAUSE_SECONDS)
+
+    def _call(self, call: Callable[[], _T]) -> _T:
+        self.called = time.monotonic()
+        with self.calling:
             return call()
-        finally:
-            _calling.discard(thread)
+
+
+def _named(error: Exception) -> str:
+    """Return only its type: a message may contain a URL with a password."""
+    return type(error).__name__
 
 
 def _before_fork() -> None:
-    """Wait for the end of calls: a thread that speaks TLS may hold a lock of OpenSSL, which a child would inherit."""
-    deadline = time.monotonic() + _FORK_SECONDS
-    while _calling - {threading.get_ident()} and time.monotonic() < deadline:
-        time.sleep(0.001)
+    """Let no call run during a fork: a thread that speaks TLS may hold a lock of OpenSSL, which a child would inherit.
+
+    But a call that hangs delays forks only in its first seconds, however many they are.
+    """
+    _forking.held = []
+    for caller in _callers:
+        # `called` is that of the call that runs only if the lock is held.
+        if caller.calling.acquire(blocking=False) or caller.calling.acquire(
+            timeout=max(caller.called + _FORK_SECONDS - time.monotonic(), 0)
+        ):
+            _forking.held.append(caller.calling)
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_calling.clear)
+def _after_fork() -> None:
+    for lock in _forking.held:
+        lock.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_callers.clear)
 
 
 class _Wandb:
@@ -164,7 +208,7 @@ class _Wandb:
         )
 
     def log(self, values: Mapping[str, float], step: int, now: float) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, "_timestamp": now}, step=step)
 
     def end(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

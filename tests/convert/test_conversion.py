@@ -223,6 +223,7 @@ def test_too_many_rejections_stop_conversion_and_higher_limit_resumes(tmp_path):
     assert "more than --max-rejected 0.02 allows: 2 odd, 1 even; the first: number 13: odd: 13 is not wanted" in text
     assert "number 14: even" in text
     assert "raise --max-rejected" in text
+    assert text.endswith(f"delete {dest} and start again")
     read = re.search("out: 3 rows are rejected so far, of ([0-9]+) rows read, ", text)
     assert 3 <= int(read[1]) < 100
     listed = [json.loads(line)["row"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
@@ -236,7 +237,7 @@ def test_too_many_rejections_stop_conversion_and_higher_limit_resumes(tmp_path):
     assert len(read_all(dest)) == 96
 
 
-def test_too_many_rejections_stop_conversion_inside_shard(tmp_path):
+def test_too_many_rejections_stop_conversion_inside_shard(tmp_path, capsys):
     class Counted(Numbers):
         asked = 0
 
@@ -250,6 +251,10 @@ def test_too_many_rejections_stop_conversion_inside_shard(tmp_path):
     assert Counted.asked == 7
     assert len((dest / "rejected.jsonl").read_text().splitlines()) == 6
     assert content(str(dest)).keys() == {"/.unfinished/plan.json", "/rejected.jsonl"}  # the shard is not recorded
+    assert re.findall(r"converting: *(\d+)%", capsys.readouterr().err)[-1] == "0"
+    (dest / "mine.tar").touch()
+    with pytest.raises(PipelineError, match=r"\*\.idx\.npy and, unless they are SOURCE, \*\.tar in DEST"):
+        convert({str(dest): rows}, options={}, max_rejected=0.05)
 
 
 def test_error_stops_the_next_job_of_the_only_process(tmp_path):
@@ -303,6 +308,7 @@ def test_resume_with_changed_options_is_refused(tmp_path, change, named):
     dest = str(tmp_path / "out")
     with pytest.raises(PipelineError, match="max-rejected"):
         convert({dest: Numbers(100, frozenset({55}))}, options={"query": "a"}, shards=10, max_rejected=0)
+    Path(dest, "pairs.jsonl").touch()  # so DEST itself must not be deleted
     left = content(dest)
     given = {"rows": Numbers(100), "options": {"query": "a"}, "shards": 10} | change
     with pytest.raises(PipelineError) as caught:
@@ -506,7 +512,7 @@ def test_damaged_plan_is_refused_and_damaged_records_are_redone(tmp_path, damage
     for name in ("000000", "000001"):
         (plan.parent / f"{name}.json").write_bytes(damage)
     plan.write_bytes(damage)
-    with pytest.raises(PipelineError, match=r"plan\.json .*: delete \.unfin.* in DEST and start|n whose shard_b"):
+    with pytest.raises(PipelineError, match=r"plan\.json .*: delete .*/out and start again$|n whose shard_b"):
         convert({dest: good}, options={}, shards=10)
     plan.write_bytes(whole)  # the records are still damaged
     (index,) = convert({dest: good}, options={}, shards=10).values()

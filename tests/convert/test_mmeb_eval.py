@@ -135,7 +135,7 @@ def test_subset_limit_and_images_options_are_applied(source, tmp_path):
     [
         (
             lambda source: put_rows(source, [("q", "NIGHTS/gone.png", ["a"], [""])]),
-            "GQA, row 0, query: missing file: NIGHTS/gone.png; .* complete",
+            "GQA, row 0, query: missing file: NIGHTS/gone.png is not in .*/images; .* complete",
         ),
         (
             lambda source: put_rows(source, [("q", "", ["a"], [""]), ("r", None, ["a", " "], ["", None])]),

@@ -15,7 +15,7 @@ import webdataset
 from limits import HANG_SECONDS
 from PIL import Image
 
-from pipeline.config import Data
+from pipeline.config import Data, Part
 from pipeline.convert import img2dataset
 from pipeline.data import teacher
 from pipeline.data.batch import Batch, Encoded
@@ -284,6 +284,12 @@ def test_vectors_of_other_shards_models_or_queries_are_refused(shards, tmp_path)
     write_shards([pair("first", 1)], tmp_path / "changed/first", dataset="first")
     with pytest.raises(ObjectError, match=r"first/item_embeddings\.json has \d shards, but .* has 1: embed its items"):
         Source.open(data_of(tmp_path / "changed", tmp_path, datasets=["first"]))
+    with pytest.raises(ObjectError, match=r"no such file; .*first is itself a dataset: give data\.datasets=\[\]$"):
+        Source.open(Data(url=str(shards / "first"), datasets=[Part(name="train")]))
+    with pytest.raises(
+        ObjectError, match=r"none/index\.json: there is no such file; tools/make_shards\.py makes shards$"
+    ):
+        Source.open(Data(url=str(tmp_path / "none")))
     with pytest.raises(ObjectError, match=r"first/text_embeddings\.json: there is no such file"):
         StoredVectors.load(str(tmp_path / "first"), CAPTIONS)
     url = str(shards / "first")

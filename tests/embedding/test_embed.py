@@ -267,6 +267,8 @@ def test_files_are_embedded_and_searched(tiny_model, inputs, media, tmp_path, mo
     common = [tiny_model, "--out", out, "--video-frames", 4]
     call(monkeypatch, *common, "--texts", inputs / "texts.txt", "--images", media / "**/[ab].*")
     call(monkeypatch, *common, "--videos", media / "*.mkv")
+    printed = capsys.readouterr().out
+    assert printed == f"3 texts -> {out}/texts.npy\n2 images -> {out}/images.npy\n1 video -> {out}/videos.npy\n"
     files = {f"{kind}.{suffix}" for kind in ("texts", "images", "videos") for suffix in ("npy", "txt")}
     assert {path.name for path in out.iterdir()} == {"embeddings.json", *files}
     assert ids(out, "texts") == TEXTS
@@ -377,6 +379,31 @@ def test_unmatched_pattern_is_refused_before_folder_creation(tiny_model, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_and_patterns_of_files_are_united(tmp_path):
+    names = ("a b.jpg", "c.JPG", "d.webp", "deep/e.png", "f.txt", "g.mp4", ".h.jpg", "i", "[j]/k.jpeg")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    expected = [str(tmp_path / names[number]) for number in (8, 0, 1, 2, 3)]
+    assert embed._files("images", str(tmp_path)) == embed._files("images", f"{tmp_path}/") == expected
+    assert embed._files("images", str(tmp_path / "[j]")) == expected[:1]
+    assert embed._files("videos", str(tmp_path)) == [str(tmp_path / "g.mp4")]
+    assert embed._files("images", f"{tmp_path}/*.*") == [
+        *expected[1:4],
+        str(tmp_path / "f.txt"),
+        str(tmp_path / "g.mp4"),
+    ]
+
+
+def test_repeated_options_add_up(tiny_model, inputs, media, tmp_path, monkeypatch):
+    (tmp_path / "more").write_text("another\n")
+    texts = ["--texts", inputs / "texts.txt", "--texts", tmp_path / "more"]
+    images = ["--images", media / "deep", "--images", media / "a.png", "--images", media / "deep/b.jpg"]
+    call(monkeypatch, tiny_model, *texts, *images, "--out", tmp_path / "out")
+    assert ids(tmp_path / "out", "texts") == [*TEXTS, "another"]
+    assert ids(tmp_path / "out", "images") == [str(media / "deep/b.jpg"), str(media / "a.png")]
+
+
 @pytest.mark.slow
 def test_embeddings_of_another_model_are_refused(tiny_model, inputs, media, tmp_path, monkeypatch, capsys):
     out, moved = tmp_path / "out", tmp_path / "moved"
@@ -427,7 +454,7 @@ def test_failure_keeps_completed_embeddings(tiny_model, inputs, media, tmp_path,
     for name in "abcd":
         (many / f"{name}.png").write_bytes((media / "a.png").read_bytes())
     (many / "c.png").write_text("broken")
-    with pytest.raises(PipelineError, match=r"c\.png: undecodable image"):
+    with pytest.raises(PipelineError, match=r"c\.png: undecodable image: .*: replace the file, or leave it out$"):
         call(monkeypatch, tiny_model, "--texts", inputs / "texts.txt", "--images", many / "*.png", "--out", out)
     assert sorted(path.name for path in out.iterdir()) == ["embeddings.json", "texts.npy", "texts.txt"]
     assert len(np.load(out / "texts.npy")) == 3
@@ -498,7 +525,7 @@ def test_invalid_arguments_are_refused_before_model_load(tiny_model, inputs, med
         ([tiny_model, "--query", "x"], "--out is missing: the folder to search"),
         ([tiny_model, *out, "--query", "x"], "has no embeddings to search"),
         ([tiny_model, *out, "--query-image", "nowhere.png"], "there is no file nowhere.png"),
-        ([tiny_model, *out, "--images", media], "it is a folder"),
+        ([tiny_model, *out, "--images", inputs], "is a folder without files that end with gif, jpeg, jpg, png, webp"),
         ([tiny_model, *out, "--texts", tmp_path / "nowhere"], "nowhere: No such file"),
         ([tmp_path / "nothing", *texts, *out, "--video-fps", 0.5], "no model at"),
         ([tmp_path, *texts, *out], "it has no config.json"),

@@ -4,15 +4,12 @@ Gradients that are not finite: steps are skipped, and after the recipe's patienc
 """
 
 import json
-import shutil
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from fault_proxy import FaultProxy
 from launch import ROOT, fork, launch, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,8 +19,6 @@ from pipeline.convert.demo import TrainingPairs
 from pipeline.convert.sharding import convert
 from pipeline.jobs.status import State, Status
 
-DISK = 1_800_000  # bytes: room for one checkpoint, of 1.1 MB, and the logs
-
 
 def test_skipped_step_changes_nothing_under_each_zero_stage(tiny_model, tmp_path):
     out = tmp_path / "out.json"
@@ -31,18 +26,6 @@ def test_skipped_step_changes_nothing_under_each_zero_stage(tiny_model, tmp_path
     assert ended.status == [0], ended.output[-4000:]
     for way, found in json.loads(out.read_text()).items():
         assert found == {"finite": [True, False, True], "summed": [True, False, True], "same": True}, way
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
-    """Create a small disk, or a folder if none can be mounted here."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder]
-    mounted = shutil.which("mount") and subprocess.run(mount, check=False).returncode == 0
-    yield folder
-    if mounted:
-        subprocess.run(["umount", folder], check=True)
 
 
 def slow_source(run: Path) -> Callable[[int, str, str], None]:
@@ -62,9 +45,9 @@ def slow_source(run: Path) -> Callable[[int, str, str], None]:
     return delay
 
 
-def test_planted_faults_are_named_as_what_they_are(s3, tiny_model, disk, monkeypatch, capsys):
+def test_planted_faults_are_named_as_what_they_are(s3, tiny_model, tmp_path, monkeypatch, capsys):
     """The source of the data is slow, the disk is nearly full, and the loss of one of two ranks is NaN."""
-    data, run = "s3://pipeline-tests/planted", disk / "run"
+    data, run = "s3://pipeline-tests/planted", tmp_path / "run"
     convert({data: TrainingPairs("Scene-T2I", 0, 40)}, options={}, shard_bytes=200_000)
     fields = ["data.lanes=2", "data.block_samples=4", "data.window_blocks=1", "data.datasets=[]", "data.workers=0"]
     fields += ["batch.global_batch=8", "batch.chunk_tokens=500", "steps=9", "checkpoint.every=4", "evaluation=null"]
@@ -76,7 +59,7 @@ def test_planted_faults_are_named_as_what_they_are(s3, tiny_model, disk, monkeyp
         ended = wait(ranks, after_failure=0)
     assert ended.status[0] == 2, ended.output[-4000:]
     said = next(line for line in ended.output.splitlines() if line.startswith("error"))
-    assert "step 7: loss nan on rank 1, gradient norm inf, and so in 3 steps in a row, from step 5 on" in said
+    assert "step 7: loss nan from rank 1, gradient norm inf, and so in 3 steps in a row, from step 5 on" in said
     assert f"the last checkpoint before that is {run}/checkpoints/step-00000004" in said
     status = Status.read(run)
     assert status.state == State.FAILED and "optimizer.patience=2" in status.reason
@@ -85,10 +68,9 @@ def test_planted_faults_are_named_as_what_they_are(s3, tiny_model, disk, monkeyp
 
     warnings = [line["text"] for line in watch.lines(run / "warnings.jsonl")]
     assert [text.partition(":")[0] for text in warnings if "is skipped" in text] == ["step 3", "step 5", "step 6"]
-    assert warnings[-1].startswith("the run failed: step 7: loss nan on rank 1")
+    assert warnings[-1].startswith("the run failed: step 7: loss nan from rank 1")
     assert sum("the source of the data is slow: a rank waits" in text for text in warnings) == 1
-    if disk.is_mount():
-        assert sum(f"the disk of {run}/checkpoints has" in text for text in warnings) == 1
+    assert sum(f"the disk of {run}/checkpoints has 1e-06 GB left" in text for text in warnings) == 1
     for text in warnings[:-1]:
         assert f"WARNING rank 0: {text}" in ended.output
     events = EventAccumulator(str(run / "tensorboard")).Reload().Tensors("warnings/text_summary")

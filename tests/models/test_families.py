@@ -65,7 +65,7 @@ def error_of(folders) -> Callable[..., str]:
     ("recipe", "override", "named"),
     [
         ("demo", "model.train.adapter=false", "unknown field model.train.adapter; known here: "),
-        ("demo_caption", "model.train.projector=1e-4", "unknown field model.train.projector; known here: "),
+        ("demo_caption", "model.train.merger=1e-4", "unknown field model.train.merger; known here: "),
         ("demo_clip", "model.train.adapter=1e-4", "unknown field model.train.adapter; known here: "),
         ("demo_llm2clip", "model.train.language_model=false", "unknown field model.train.language_model; known here: "),
         (

@@ -30,7 +30,7 @@ def pairs() -> tuple[dict, np.ndarray]:
 
 
 def on_rank(rank: int) -> tuple[dict, dict, list[list[int]]]:
-    """Return the metrics, the histograms, and the ranks that are named if a vector, or a rank's loss, is NaN."""
+    """Return the metrics, the histograms, and the ranks that are named if a negative, or a rank's loss, is NaN."""
     inputs, datasets = pairs()
     own = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     settings = {"grad_norm": 1.0, "tokens": 1, "padded": 1, "largest_chunk": 1, "settings": {}}
@@ -40,15 +40,15 @@ def on_rank(rank: int) -> tuple[dict, dict, list[list[int]]]:
     def loss_of(vectors: dict) -> LossOutput:
         return hardness_weighted_loss(**{name: x[own] for name, x in vectors.items()}, **OPTIONS, tile=3)
 
-    def metrics_of(output: LossOutput) -> tuple[dict, dict]:
+    def metrics_of(output: LossOutput, *, finite: bool = True) -> tuple[dict, dict]:
+        settings["finite"] = torch.tensor(finite)
         return ContrastiveResult(loss=output, distills=False, has_margin=True, **settings).metrics(batch, DATASETS)
 
     output = loss_of(inputs)
     metrics, histograms = metrics_of(output)
-    target = inputs["target"].clone()
-    target[-1] = torch.nan  # it is in each rank's loss
-    damaged = loss_of(inputs | {"target": target}), replace(output, loss=output.loss * (torch.nan if rank else 1))
-    named = [metrics_of(each)[0]["not_finite"] for each in damaged]
+    of_all = metrics_of(replace(output, loss=output.loss * torch.nan), finite=rank == 0)  # a vector of rank 1 is NaN
+    of_one = metrics_of(replace(output, loss=output.loss * (torch.nan if rank else 1)))
+    named = [each["not_finite"] for each, _ in (of_all, of_one)]
     return metrics, {name: torch.from_numpy(values) for name, values in histograms.items()}, named
 
 

@@ -104,4 +104,4 @@ def test_disk_without_room_for_another_checkpoint_is_named(tmp_path, monkeypatch
     usage = type("Usage", (), {"free": 5_000_000})
     monkeypatch.setattr("pipeline.training.alarms.shutil.disk_usage", lambda folder: usage)
     assert nearly_full(tmp_path, 5_000_000) == ""
-    assert "has 0.005 GB left, and a checkpoint takes 0.0061 GB: the next one" in nearly_full(tmp_path, 6_100_000)
+    assert "has 0.005 GB left, and a checkpoint takes 0.0061 GB: there is no room" in nearly_full(tmp_path, 6_100_000)

@@ -66,7 +66,7 @@ def test_collapsed_model_is_never_the_best(tmp_path, caplog):
     trainer.budget = SimpleNamespace(chunk_tokens=1)
     for step, each in reports.items():
         (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
-        trainer.evaluation = SimpleNamespace(report=lambda _, each=each: Report("m", {"A-OKVQA": each}))
+        trainer.evaluation = SimpleNamespace(report=lambda step, tokens, each=each: Report("m", {"A-OKVQA": each}))
         trainer._evaluate(step)
         assert best(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-00000002" if step == 2 else None)
     assert "step 1: THE MODEL HAS COLLAPSED: in A-OKVQA all queries" in caplog.text

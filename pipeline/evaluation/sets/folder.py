@@ -8,12 +8,12 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.sample import BYTE_ORDER_MARK, IMAGE_SUFFIXES, VIDEO_SUFFIXES, text_fault
+from pipeline.data.sample import BYTE_ORDER_MARK, PICTURE_ENDINGS, VIDEO_SUFFIXES, text_fault
 from pipeline.errors import PipelineError
 from pipeline.storage import objects
 from pipeline.storage.documents import utf8_text
 
-PICTURES = frozenset({*IMAGE_SUFFIXES.values(), "jpeg"})
+PICTURES = PICTURE_ENDINGS
 VIDEOS = frozenset(VIDEO_SUFFIXES)
 MEND = "correct it; a set must be complete"
 _THREADS = 16

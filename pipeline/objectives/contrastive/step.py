@@ -33,11 +33,13 @@ from pipeline.phases import phase
 class ContrastiveResult(StepResult):
     """A step's result.
 
-    loss: this rank's part.  settings: what the recipe changes or learns during a run: alpha, temperatures.
+    loss: this rank's part.  finite: bool scalar tensor, whether all of this rank's embeddings are.
+    settings: what the recipe changes or learns during a run: alpha, temperatures.
     distills: whether the loss contains a teacher's distribution.  has_margin: whether a margin masks pairs.
     """
 
     loss: LossOutput
+    finite: torch.Tensor
     settings: dict[str, float]
     distills: bool
     has_margin: bool
@@ -50,7 +52,7 @@ class ContrastiveResult(StepResult):
         output = self.loss
         on_host = torch.tensor([batch.valid, [origin.dataset for origin in batch.origins]], dtype=torch.float32)
         parts = [output.loss.detach(), output.contrastive, output.distillation]
-        parts += [output.masked_pairs, output.masked_by_margin]
+        parts += [output.masked_pairs, output.masked_by_margin, self.finite.to(output.loss)]
         of_pairs = [output.positive, output.hardest_negative, output.mean_negative]
         of_pairs += [output.effective_negatives, output.hardest_share]
         rows = torch.stack(
@@ -58,12 +60,12 @@ class ContrastiveResult(StepResult):
             dim=1,
         )
         columns = all_gather_constant(rows).double().cpu().numpy().T
-        (valid, dataset), (loss, contrastive, distillation, masked, by_margin) = columns[5:7], columns[7:]
+        (valid, dataset), (loss, contrastive, distillation, masked, by_margin, finite) = columns[5:7], columns[7:]
         compared = (valid == 1) & (columns[1] > -math.inf)  # pairs with a negative
         positive = columns[0][valid == 1]
         right = columns[0] > columns[1]
         _, hardest, mean_negative, effective, share = columns[:5, compared]
-        metrics = {
+        metrics: dict[str, Any] = {
             "loss": float(loss.mean()),
             "precision": _mean(right[compared]),
             "positive_similarity": _mean(positive),
@@ -79,17 +81,17 @@ class ContrastiveResult(StepResult):
         if self.has_margin:
             metrics["masked_pairs/margin"] = float(by_margin[0])
         if not math.isfinite(metrics["loss"]):
-            metrics["not_finite"] = _ranks_not_finite(columns[0]) or _ranks_not_finite(loss)
+            # Embeddings that are not finite are in the loss of every rank; only their own rank is named.
+            metrics["not_finite"] = _ranks_without(finite == 1) or _ranks_without(np.isfinite(loss))
         if len(datasets) > 1:
             of_datasets = {name: right[compared & (dataset == number)] for number, name in enumerate(datasets)}
             metrics |= {f"precision/{name}": _mean(each) for name, each in of_datasets.items() if len(each)}
         return metrics | self.settings, {"positive": positive, "hardest_negative": hardest}
 
 
-def _ranks_not_finite(values: np.ndarray) -> list[int]:
-    """Return the ranks that have a value which is not finite. A pair's own similarity depends on no other rank."""
-    ranks = np.isfinite(values).reshape(rank_and_world()[1], -1).all(axis=1)
-    return np.flatnonzero(~ranks).tolist()
+def _ranks_without(rows: np.ndarray) -> list[int]:
+    """Return the ranks that have a row which is False."""
+    return np.flatnonzero(~rows.reshape(rank_and_world()[1], -1).all(axis=1)).tolist()
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -149,6 +151,7 @@ class Contrastive(Objective):
             largest_chunk=max(chunk.size for chunk in chunks),
             embeddings=embeddings.detach() if self._recipe.has_pictures(step + 1) else None,
             loss=output,
+            finite=embeddings.detach().isfinite().all(),
             settings=learned | ({"alpha": alpha} if self._objective.alpha_ramp else {}),
             distills=self._objective.distill is not None,
             has_margin=self._objective.margin is not None or bool(self._objective.margins),

@@ -30,16 +30,19 @@ class MaskedResult(StepResult):
 
     loss: mean cross entropy of the masked tokens, in nats.  masked_tokens: their number.
     accuracy: fraction of them predicted correctly, or None if there are none.  valid: number of valid pairs.
+    not_finite: the ranks whose part of the loss is not finite.
     """
 
     loss: float
     masked_tokens: int
     accuracy: float | None
     valid: int
+    not_finite: list[int]
 
     def metrics(self, batch: Batch, datasets: Sequence[str]) -> tuple[dict, dict]:
         names = ("loss", "masked_tokens", "accuracy", "valid")
-        return {name: getattr(self, name) for name in names}, {}
+        metrics = {name: getattr(self, name) for name in names}
+        return metrics | ({"not_finite": self.not_finite} if self.not_finite else {}), {}
 
 
 class MaskedNextToken(Objective):
@@ -91,9 +94,13 @@ class MaskedNextToken(Objective):
             rows = in_order(chunks, backward_chunks(engine, [], [], chunks, gradient, to_predict), len(texts))
         norm = optimizer_step(engine, lr)
         sums = occurring @ rows.double()
+        faults = sums.new_zeros(world)  # by rank
+        faults[dist.get_rank()] = ~sums[0].isfinite()
+        sums = torch.cat([sums, faults])
         dist.all_reduce(sums)
         # Numbers below 2^53 are exact in float64, so one copy brings all.
-        cost, right, masked_tokens, valid = torch.cat([sums / divisor, totals.double()]).tolist()
+        found = torch.cat([sums[:2] / divisor, totals.double(), sums[2:]]).tolist()
+        cost, right, masked_tokens, valid, *faulty = found
         return MaskedResult(
             grad_norm=norm,
             tokens=sum(len(text.input_ids) for text in texts),
@@ -104,6 +111,7 @@ class MaskedNextToken(Objective):
             masked_tokens=int(masked_tokens),
             accuracy=right if masked_tokens else None,
             valid=int(valid),
+            not_finite=[rank for rank, fault in enumerate(faulty) if fault],
         )
 
     @classmethod
