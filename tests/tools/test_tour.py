@@ -154,3 +154,13 @@ def test_run_that_is_missing_or_unfinished_is_named_with_what_to_do(tmp_path):
     status.note(tmp_path / "run", "stopped", step=12, steps=75)
     with pytest.raises(PipelineError, match="its training is stopped, step 12 of 75, and it has no report"):
         require_finished(tmp_path / "run")
+
+
+@pytest.mark.parametrize("arguments", [["steps=100", "--tour"], ["steps"], ["run=runs/other"]])
+def test_refused_arguments_delete_no_run(arguments, tmp_path):
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    command = ["bash", str(tmp_path / "tools/quickstart.sh"), *arguments]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=HANG_SECONDS)
+    assert ended.returncode == 1 and arguments[-1] in ended.stderr
+    assert (tmp_path / "runs/quickstart").exists()
