@@ -28,7 +28,7 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from pipeline.data.captions import usable_captions
 from pipeline.data.index import INDEX_FILE, Captions, Index, Shard, shard_entry, sidecar_dtype
-from pipeline.data.sample import IMAGE_SUFFIXES, LARGEST_NUMBER, BadSample, Item, Pair, Single
+from pipeline.data.sample import LARGEST_NUMBER, PICTURE_ENDINGS, BadSample, Item, Pair, Single
 from pipeline.data.tiles import image_format
 from pipeline.data.video import video_format
 from pipeline.errors import PipelineError
@@ -241,7 +241,7 @@ def captioned(key: str, members: dict[str, bytes], captions: Captions) -> tuple[
     there is not exactly one image.
     """
     members = {name.lower(): content for name, content in members.items()}  # as webdataset does
-    images = [name for name in members if name in _IMAGE_NAMES]
+    images = [name for name in members if name in PICTURE_ENDINGS]
     if not images:
         raise BadSample(f"no image (it has {', '.join(members)})")
     if len(images) > 1:
@@ -286,8 +286,7 @@ def _decoded(content: bytes) -> str:
         raise BadSample("a text is not UTF-8") from None
 
 
-_IMAGE_NAMES = {*IMAGE_SUFFIXES.values(), "jpeg"}
-READ_NAMES = {*_IMAGE_NAMES, "txt", "json"}  # all members that are read
+READ_NAMES = {*PICTURE_ENDINGS, "txt", "json"}  # all members that are read
 
 
 class ShardRecords:
